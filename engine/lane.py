@@ -1,0 +1,232 @@
+"""A lane: trajectories that can share a tick, and the slot arrays that hold their resident state.
+
+A tick gathers by slot index, computes, and scatters back. Nothing per-trajectory lives anywhere
+else, so joining and leaving between two ticks is one copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from engine.errors import OverloadedError
+from engine.trajectory import LaneKey, Trajectory, table_digest
+from engine.types import Snapshot, SnapshotGrade
+
+_FIRST_CAPACITY = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Inputs of one walk. Row order: every member's prompt row, then the negative rows.
+
+    Attributes:
+        sample: (rows, in_channels, height, width).
+        timesteps: (rows,) float32.
+        context: (rows, tokens, width).
+        added: further per-row inputs.
+        guided: (members,) positions of the members that have a negative row, in its order.
+    """
+
+    sample: torch.Tensor
+    timesteps: torch.Tensor
+    context: torch.Tensor
+    added: dict[str, torch.Tensor]
+    guided: torch.Tensor
+
+
+class Lane:
+    """Slot arrays for trajectories of one :class:`LaneKey`; grows by doubling up to ``max_slots``.
+
+    Not thread-safe: the loop's thread owns it.
+    """
+
+    def __init__(self, key: LaneKey, *, slots: int, max_slots: int, device: torch.device) -> None:
+        self.key = key
+        self.members: dict[str, tuple[int, Trajectory]] = {}
+        self._max_slots = max_slots
+        self._device = device
+        self._free: list[int] = []
+        # slots + 1 planes: the solver's state stack, then the last clean prediction.
+        self._planes = slots + 1
+        self._arrays: dict[str, torch.Tensor] = {}
+        self._capacity = 0
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory of the slot arrays."""
+        return sum(array.nbytes for array in self._arrays.values())
+
+    def join(self, trajectory: Trajectory) -> None:
+        """Give a trajectory a slot and copy its state in.
+
+        Raises:
+            OverloadedError: the lane is full.
+        """
+        if not self._free:
+            self._grow()
+        slot = self._free.pop()
+        self.members[trajectory.id] = (slot, trajectory)
+        state = self._array("state", (self._planes, *self.key.latent_shape))
+        state[slot].zero_()
+        if trajectory.start.ndim == 4:
+            state[slot, :-1] = trajectory.start
+        else:
+            state[slot, 0] = trajectory.start
+        context = trajectory.conditioning.context
+        self._array("context", (2, *context.shape[1:]))[slot, : len(context)] = context
+        for name, value in trajectory.conditioning.added.items():
+            self._array(f"added.{name}", (2, *value.shape[1:]))[slot, : len(value)] = value
+        if trajectory.extra is not None:
+            self._array("extra", tuple(trajectory.extra.shape))[slot] = trajectory.extra
+        if trajectory.blend is not None:
+            blend = trajectory.blend
+            for name, part in (("mask", blend.mask), ("kept", blend.clean), ("noise", blend.noise)):
+                self._array(f"blend.{name}", tuple(part.shape))[slot] = part
+
+    def leave(self, trajectory_id: str) -> None:
+        """Free a member's slot."""
+        slot, _ = self.members.pop(trajectory_id)
+        self._free.append(slot)
+
+    def rows(self, members: Sequence[Trajectory]) -> Rows:
+        """Gather the inputs of one walk."""
+        slots = self._slots(members)
+        wants = [i for i, member in enumerate(members) if member.guided[member.row]]
+        guided = torch.tensor(wants, dtype=torch.long, device=self._device)
+        order = torch.cat([torch.arange(len(members), device=self._device), guided])
+        kind = torch.zeros(len(order), dtype=torch.long, device=self._device)
+        kind[len(members) :] = 1
+        sample = self._arrays["state"][slots, 0]
+        if "extra" in self._arrays:
+            sample = torch.cat([sample, self._arrays["extra"][slots]], dim=1)
+        times = torch.tensor(
+            [member.table.timesteps[member.row] for member in members],
+            dtype=torch.float32,
+            device=self._device,
+        )
+        added = {
+            name.removeprefix("added."): array[slots[order], kind]
+            for name, array in self._arrays.items()
+            if name.startswith("added.")
+        }
+        context = self._arrays["context"][slots[order], kind]
+        return Rows(sample[order], times[order], context, added, guided)
+
+    def advance(self, members: Sequence[Trajectory], out: torch.Tensor) -> None:
+        """Move every member one row down its own table: one batched multiply-add.
+
+        Args:
+            out: (members, channels, height, width) network output after guidance.
+        """
+        slots = self._slots(members)
+        shape = self.key.latent_shape
+        noise = torch.zeros(len(members), *shape)
+        for i, member in enumerate(members):
+            if member.table.draws_noise[member.row]:
+                # Drawn here and on the CPU, as Diffusers does, so that neither batch mates nor
+                # the device change a picture; after the walk, so that a retry draws nothing twice.
+                noise[i] = torch.randn((1, *shape), generator=member.generator)[0]
+        vectors = torch.cat(
+            [self._arrays["state"][slots, :-1], out[:, None], noise[:, None].to(self._device)],
+            dim=1,
+        )
+        matrices = torch.from_numpy(np.stack([_matrix(member) for member in members]))
+        moved = torch.bmm(matrices.float().to(self._device), vectors.flatten(2))
+        moved = moved.view(len(members), self._planes, *shape)
+        for i, member in enumerate(members):
+            member.row += 1
+            if member.blend is not None:
+                self._blend(moved[i, 0], member, int(slots[i]))
+        self._arrays["state"][slots] = moved
+
+    def snapshot(self, trajectory: Trajectory, grade: SnapshotGrade) -> Snapshot:
+        """Copy a member's state out, on the CPU."""
+        slot, _ = self.members[trajectory.id]
+        state = self._arrays["state"][slot].to("cpu", copy=True)
+        clean = state[-1] if trajectory.row else None
+        log_snr = float(trajectory.table.log_snr[trajectory.row])
+        if grade is SnapshotGrade.STATE:
+            return Snapshot(grade, log_snr, state[0], clean)
+        return Snapshot(
+            grade,
+            log_snr,
+            state[0],
+            clean,
+            state=state[:-1],
+            row=trajectory.row,
+            generator_state=trajectory.generator.get_state().numpy().tobytes(),
+            plan_digest=self.key.plan_digest,
+            table_digest=table_digest(trajectory.table),
+        )
+
+    def latent(self, trajectory: Trajectory) -> torch.Tensor:
+        """A copy of a member's x: (channels, height, width), on the CPU."""
+        slot, _ = self.members[trajectory.id]
+        return self._arrays["state"][slot, 0].to("cpu", copy=True)
+
+    def clean(self, trajectory: Trajectory) -> torch.Tensor:
+        """A copy of a member's last clean prediction, on the CPU."""
+        slot, _ = self.members[trajectory.id]
+        return self._arrays["state"][slot, -1].to("cpu", copy=True)
+
+    def _blend(self, x: torch.Tensor, member: Trajectory, slot: int) -> None:
+        """Put the kept part of an inpainted picture, at the level of ``x``, back into it."""
+        alpha, sigma = member.table.level(member.row)
+        kept = alpha * self._arrays["blend.kept"][slot] + sigma * self._arrays["blend.noise"][slot]
+        mask = self._arrays["blend.mask"][slot]
+        x.mul_(mask).add_((1.0 - mask) * kept)
+
+    def _slots(self, members: Sequence[Trajectory]) -> torch.Tensor:
+        chosen = [self.members[member.id][0] for member in members]
+        return torch.tensor(chosen, dtype=torch.long, device=self._device)
+
+    def _array(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The slot array ``name``, made when a first member needs it."""
+        if name not in self._arrays:
+            self._arrays[name] = torch.zeros(self._capacity, *shape, device=self._device)
+        return self._arrays[name]
+
+    def _grow(self) -> None:
+        if self._capacity >= self._max_slots:
+            raise OverloadedError(f"the lane is full: {self._max_slots} live trajectories")
+        capacity = min(self._max_slots, max(_FIRST_CAPACITY, 2 * self._capacity))
+        for name, old in self._arrays.items():
+            grown = torch.zeros(capacity, *old.shape[1:], device=self._device)
+            grown[: self._capacity] = old
+            self._arrays[name] = grown
+        self._free.extend(range(capacity - 1, self._capacity - 1, -1))
+        self._capacity = capacity
+
+
+def _matrix(member: Trajectory) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    """The member's current table row, and under it the row that gives the clean prediction."""
+    transition = member.table.transition[member.row]
+    clean = np.zeros((1, transition.shape[1]))
+    clean[0, 0], clean[0, -2] = member.table.clean[member.row]
+    return np.concatenate([transition, clean])
+
+
+def combine_guidance(out: torch.Tensor, guided: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Classifier-free guidance (Ho & Salimans, 2022), each member at its own scale.
+
+    Args:
+        out: (members + guided, …) network output in :class:`Rows` order.
+        guided: (k,) positions of the guided members.
+        scales: (k,) their scales.
+
+    Returns:
+        (members, …): ``negative + scale * (prompt - negative)`` where guided.
+    """
+    members = len(out) - len(guided)
+    combined = out[:members].clone()
+    negative = out[members:]
+    scale = scales.view(-1, *([1] * (out.ndim - 1)))
+    combined[guided] = negative + scale * (out[guided] - negative)
+    return combined

@@ -1,0 +1,377 @@
+"""The step loop: admit, pick, walk, advance, emit.
+
+One thread owns every lane and trajectory. Other threads only leave commands in the inbox, which the
+loop reads between two ticks: that is why submit, cancel, snapshot and close work at any time.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import ParamSpec, Protocol
+
+import torch
+
+from engine.errors import (
+    CancelledError,
+    ClosedError,
+    DarkroomError,
+    DeadlineExceededError,
+    ExecutionError,
+    InvalidRequestError,
+    OverloadedError,
+)
+from engine.lane import Lane, combine_guidance
+from engine.ports import Clock, SystemClock
+from engine.scheduler import Batch, Ready, TickPolicy
+from engine.trajectory import LaneKey, Trajectory
+from engine.types import Image, Snapshot, SnapshotGrade, StepEvent
+
+_log = logging.getLogger(__name__)
+_P = ParamSpec("_P")
+
+
+class Walk(Protocol):
+    """Runs a network once: what :class:`engine.denoiser.Denoiser` does."""
+
+    def __call__(
+        self,
+        sample: torch.Tensor,
+        timesteps: torch.Tensor,
+        context: torch.Tensor,
+        added: Mapping[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """(rows, in_channels, h, w), (rows,), (rows, tokens, width) to (rows, channels, h, w)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """What one tick did, for metrics and for the step-time table."""
+
+    lane: LaneKey
+    members: int
+    rows: int
+    walk_s: float
+    total_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopConfig:
+    """Bounds of the loop."""
+
+    max_live: int = 256
+    """Live trajectories over all lanes; one more is refused."""
+    solver_slots: int = 5
+
+    def __post_init__(self) -> None:
+        if self.max_live < 1:
+            raise InvalidRequestError("max_live must be at least 1", field="max_live")
+
+
+class StepLoop:
+    """Advances live trajectories, one batch at a tick.
+
+    Args:
+        walks: the network of each plan, by digest.
+        preview: turns a clean prediction (channels, h, w) into a small picture.
+        on_tick: told of every tick, on the loop's thread.
+    """
+
+    def __init__(
+        self,
+        walks: Mapping[str, Walk],
+        policy: TickPolicy,
+        *,
+        device: torch.device | str = "cpu",
+        config: LoopConfig | None = None,
+        clock: Clock | None = None,
+        preview: Callable[[torch.Tensor], Image] | None = None,
+        on_tick: Callable[[Tick], None] | None = None,
+    ) -> None:
+        self._walks = walks
+        self._policy = policy
+        self._device = torch.device(device)
+        self._config = config or LoopConfig()
+        self._clock = clock or SystemClock()
+        self._preview = preview
+        self._on_tick = on_tick
+        self._lanes: dict[LaneKey, Lane] = {}
+        self._live: dict[str, Trajectory] = {}
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._known: set[str] = set()
+        self._wake = threading.Condition()
+        self._closing = False
+        self._drain = True
+        self._thread: threading.Thread | None = None
+
+    # ------------------------------------------------------------------ from any thread
+
+    def start(self) -> None:
+        """Run on a thread of its own until :meth:`close`."""
+        self._thread = threading.Thread(target=self._run, name="darkroom-loop", daemon=True)
+        self._thread.start()
+
+    def submit(self, trajectory: Trajectory) -> None:
+        """Take a trajectory in; from now on its listener hears of it exactly once at the end.
+
+        Raises:
+            ClosedError: the loop is closing.
+            OverloadedError: ``max_live`` trajectories are in already.
+            InvalidRequestError: its id is live, or no network serves its lane.
+        """
+        if trajectory.lane.plan_digest not in self._walks:
+            raise InvalidRequestError("no network is loaded for the trajectory's plan")
+        with self._wake:
+            if self._closing:
+                raise ClosedError("the engine is closing and takes no more work")
+            if trajectory.id in self._known:
+                raise InvalidRequestError(f"trajectory {trajectory.id} is live already", field="id")
+            if len(self._known) >= self._config.max_live:
+                raise OverloadedError(f"{self._config.max_live} trajectories are live already")
+            self._known.add(trajectory.id)
+            trajectory.admitted_at_s = self._clock.now_s()
+            self._inbox.append(lambda: self._join(trajectory))
+            self._wake.notify()
+
+    def cancel(self, trajectory_id: str) -> None:
+        """Remove a trajectory before its next tick. Unknown and finished ids are ignored."""
+        self._command(
+            lambda: self._fail(trajectory_id, CancelledError("cancelled between two steps"))
+        )
+
+    def snapshot(
+        self, trajectory_id: str, grade: SnapshotGrade = SnapshotGrade.FULL
+    ) -> Future[Snapshot]:
+        """Copy a trajectory's state between two ticks.
+
+        The future fails with ``InvalidRequestError`` when the trajectory is not live.
+        """
+        future: Future[Snapshot] = Future()
+
+        def take() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            trajectory = self._live.get(trajectory_id)
+            if trajectory is None:
+                future.set_exception(InvalidRequestError(f"{trajectory_id} is not live"))
+            else:
+                future.set_result(self._lanes[trajectory.lane].snapshot(trajectory, grade))
+
+        self._command(take)
+        return future
+
+    def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
+        """Stop taking work; finish what is live (``drain``) or fail it with ``ClosedError``.
+
+        What is still live after ``timeout_s`` seconds is failed too. Closing twice is harmless.
+        """
+        with self._wake:
+            self._closing = True
+            self._drain = self._drain and drain
+            self._wake.notify()
+        if self._thread is None:
+            return
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            with self._wake:
+                self._drain = False
+                self._wake.notify()
+            self._thread.join()
+
+    @property
+    def live(self) -> int:
+        """Trajectories that are in and not finished."""
+        return len(self._known)
+
+    # ------------------------------------------------------------------ the core
+
+    def tick(self) -> bool:
+        """Advance one batch by one row; False when there was nothing to do."""
+        self._read_inbox()
+        began_s = self._clock.now_s()
+        self._expire(began_s)
+        batch = self._policy.pick([_ready(item) for item in self._live.values()], began_s)
+        if batch is None:
+            return False
+        members = [self._live[trajectory_id] for trajectory_id in batch.ids]
+        lane = self._lanes[members[0].lane]
+        self._note_first_tick(members, began_s)
+        outcomes = self._walk(lane, members)
+        walked_s = self._clock.now_s()
+        moved = self._advance(lane, outcomes)
+        self._emit(lane, moved, batch, began_s)
+        ended_s = self._clock.now_s()
+        self._policy.charge(lane.key, ended_s - began_s)
+        if self._on_tick is not None:
+            tick = Tick(lane.key, len(members), batch.rows, walked_s - began_s, ended_s - began_s)
+            self._on_tick(tick)
+        return True
+
+    def _walk(
+        self, lane: Lane, members: Sequence[Trajectory]
+    ) -> list[tuple[Trajectory, torch.Tensor]]:
+        """Run the network for ``members``; those it fails for, alone once more, then fail them."""
+        try:
+            out = self._denoise(lane, members)
+        except Exception as error:
+            if len(members) == 1:
+                self._fail(members[0].id, _execution_error(error))
+                return []
+            _log.warning("a batch of %d failed; retrying its members singly", len(members))
+            return [pair for member in members for pair in self._walk(lane, [member])]
+        finite = torch.isfinite(out).flatten(1).all(dim=1).tolist()
+        good = [(member, out[i]) for i, member in enumerate(members) if finite[i]]
+        for member in (member for i, member in enumerate(members) if not finite[i]):
+            if len(members) == 1:
+                message = f"the network gave a non-finite value at step {member.row + 1}"
+                self._fail(member.id, ExecutionError(message))
+            else:
+                good += self._walk(lane, [member])
+        return good
+
+    def _denoise(self, lane: Lane, members: Sequence[Trajectory]) -> torch.Tensor:
+        rows = lane.rows(members)
+        walk = self._walks[lane.key.plan_digest]
+        out = walk(rows.sample, rows.timesteps, rows.context, rows.added).float()
+        scales = [member.guidance for member in members if member.guided[member.row]]
+        return combine_guidance(out, rows.guided, torch.tensor(scales, device=out.device))
+
+    def _advance(
+        self, lane: Lane, outcomes: Sequence[tuple[Trajectory, torch.Tensor]]
+    ) -> list[Trajectory]:
+        if not outcomes:
+            return []
+        moved = [member for member, _ in outcomes]
+        lane.advance(moved, torch.stack([out for _, out in outcomes]))
+        return moved
+
+    def _emit(self, lane: Lane, moved: Sequence[Trajectory], batch: Batch, began_s: float) -> None:
+        now_s = self._clock.now_s()
+        for member in moved:
+            event = StepEvent(
+                trajectory_id=member.id,
+                step=member.row,
+                steps=member.table.evaluations,
+                log_snr=float(member.table.log_snr[member.row]),
+                batch_rows=batch.rows,
+                tick_s=now_s - began_s,
+                preview=self._preview_of(lane, member),
+            )
+            _tell(member.listener.on_step, event)
+            if member.steps_left == 0:
+                latent = lane.latent(member)
+                self._leave(member)
+                assert member.first_tick_at_s is not None
+                _tell(member.listener.on_done, latent, now_s - member.first_tick_at_s)
+
+    # ------------------------------------------------------------------ on the loop's thread
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._inbox or self._live or self._closing):
+                    self._wake.wait()
+                if self._closing and not (self._drain and (self._inbox or self._live)):
+                    break
+            try:
+                self.tick()
+            except Exception as error:  # a bug of ours: no client may wait for ever because of it
+                _log.exception("a tick failed")
+                for trajectory_id in list(self._live):
+                    self._fail(trajectory_id, _execution_error(error))
+        self._read_inbox()
+        for trajectory_id in list(self._live):
+            self._fail(trajectory_id, ClosedError("the engine closed before the last step"))
+
+    def _command(self, command: Callable[[], None]) -> None:
+        with self._wake:
+            self._inbox.append(command)
+            self._wake.notify()
+
+    def _read_inbox(self) -> None:
+        while self._inbox:
+            self._inbox.popleft()()
+
+    def _join(self, trajectory: Trajectory) -> None:
+        lane = self._lanes.get(trajectory.lane)
+        if lane is None:
+            lane = Lane(
+                trajectory.lane,
+                slots=self._config.solver_slots,
+                max_slots=self._config.max_live,
+                device=self._device,
+            )
+            self._lanes[trajectory.lane] = lane
+        try:
+            lane.join(trajectory)
+        except Exception as error:  # its tensors do not fit: only this trajectory is lost
+            self._known.discard(trajectory.id)
+            _tell(trajectory.listener.on_error, _execution_error(error))
+            return
+        self._live[trajectory.id] = trajectory
+
+    def _leave(self, trajectory: Trajectory) -> None:
+        del self._live[trajectory.id]
+        self._known.discard(trajectory.id)
+        lane = self._lanes[trajectory.lane]
+        lane.leave(trajectory.id)
+        if not len(lane):
+            del self._lanes[trajectory.lane]  # an idle lane keeps no memory
+
+    def _fail(self, trajectory_id: str, error: Exception) -> None:
+        trajectory = self._live.get(trajectory_id)
+        if trajectory is not None:
+            self._leave(trajectory)
+            _tell(trajectory.listener.on_error, error)
+
+    def _expire(self, now_s: float) -> None:
+        for member in list(self._live.values()):
+            if member.deadline_at_s is not None and now_s >= member.deadline_at_s:
+                done, steps = member.row, member.table.evaluations
+                message = f"the deadline passed after {done} of {steps} steps"
+                self._fail(member.id, DeadlineExceededError(message))
+
+    def _note_first_tick(self, members: Sequence[Trajectory], now_s: float) -> None:
+        for member in members:
+            if member.first_tick_at_s is None:
+                member.first_tick_at_s = now_s
+                _tell(member.listener.on_first_tick, now_s - member.admitted_at_s)
+
+    def _preview_of(self, lane: Lane, member: Trajectory) -> Image | None:
+        wanted = member.preview_every and member.row % member.preview_every == 0
+        if self._preview is None or not wanted or member.steps_left == 0:
+            return None
+        return self._preview(lane.clean(member))
+
+
+def _ready(trajectory: Trajectory) -> Ready:
+    return Ready(
+        id=trajectory.id,
+        lane=trajectory.lane,
+        rows=trajectory.rows_next,
+        steps_left=trajectory.steps_left,
+        admitted_at_s=trajectory.admitted_at_s,
+        priority=trajectory.priority,
+        deadline_at_s=trajectory.deadline_at_s,
+    )
+
+
+def _tell(callback: Callable[_P, None], *args: _P.args, **kwargs: _P.kwargs) -> None:
+    """Call a listener; one that raises loses its news, and nobody else's."""
+    try:
+        callback(*args, **kwargs)
+    except Exception:
+        _log.exception("a trajectory's listener failed")
+
+
+def _execution_error(error: Exception) -> DarkroomError:
+    if isinstance(error, DarkroomError):
+        return error
+    wrapped = ExecutionError(f"{type(error).__name__} while running a step")
+    wrapped.__cause__ = error
+    return wrapped

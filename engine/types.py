@@ -1,0 +1,257 @@
+"""The nouns: what goes into the engine, what lives in it, and what comes out.
+
+Tensors appear here as annotations only, so importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.errors import InvalidRequestError, LimitExceededError
+
+if TYPE_CHECKING:
+    import torch
+
+Image = npt.NDArray[np.uint8]
+"""A picture: (height, width, 3) for RGB, or (height, width) for a mask; 0 to 255."""
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Bounds on one request. Every one has a default: nothing in Darkroom is unbounded."""
+
+    max_steps: int = 150
+    min_side_px: int = 16
+    max_side_px: int = 2048
+    max_area_px: int = 2048 * 2048
+    max_prompt_chars: int = 4000
+    max_guidance: float = 50.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """One picture to draw. ``None`` means "as the checkpoint says".
+
+    Text to image by default; image to image with ``image``; inpainting with ``image`` and ``mask``
+    (white is repainted, black is kept).
+
+    Raises:
+        InvalidRequestError: at construction, for a value that can never work.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    width_px: int | None = None
+    height_px: int | None = None
+    steps: int = 20
+    solver: str | None = None
+    schedule: str | None = None
+    timesteps: tuple[float, ...] | None = None
+    """Custom timesteps, descending; they replace ``steps`` and ``schedule``."""
+    guidance: float | None = None
+    """Classifier-free guidance scale; 1 or less turns guidance off and halves the work."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Part of the steps, as fractions, in which guidance acts (Kynkäänniemi et al., 2024)."""
+    eta: float | None = None
+    """Stochasticity of solvers that have it (DDIM, TCD), 0 to 1."""
+    seed: int | None = None
+    """``None`` draws one; the picture names it."""
+    image: Image | None = None
+    mask: Image | None = None
+    strength: float = 0.8
+    preview_every: int = 0
+    """Emit a preview every so many steps; 0 for none."""
+    priority: int = 0
+    """Higher goes first among requests with equal deadline slack."""
+    deadline_s: float | None = None
+    """Seconds from submission after which the result is worthless."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, "steps", self.steps, "at least 1")
+        _require(0.0 < self.strength <= 1.0, "strength", self.strength, "above 0, at most 1")
+        if self.guidance is not None:
+            _require(math.isfinite(self.guidance), "guidance", self.guidance, "a finite number")
+        low, high = self.guidance_interval
+        _require(
+            0.0 <= low <= high <= 1.0,
+            "guidance_interval",
+            self.guidance_interval,
+            "two fractions with 0 <= low <= high <= 1",
+        )
+        if self.eta is not None:
+            _require(0.0 <= self.eta <= 1.0, "eta", self.eta, "between 0 and 1")
+        if self.seed is not None:
+            _require(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"0 to {MAX_SEED}")
+        _require(self.preview_every >= 0, "preview_every", self.preview_every, "0 or more")
+        if self.deadline_s is not None:
+            _require(self.deadline_s > 0, "deadline_s", self.deadline_s, "above 0")
+        if self.mask is not None and self.image is None:
+            raise InvalidRequestError("a mask needs an image to repaint", field="mask")
+        if self.image is not None and (self.image.ndim != 3 or self.image.shape[2] != 3):
+            raise InvalidRequestError(
+                f"image must be (height, width, 3), not {self.image.shape}", field="image"
+            )
+        if self.mask is not None and self.mask.ndim != 2:
+            raise InvalidRequestError(
+                f"mask must be (height, width), not {self.mask.shape}", field="mask"
+            )
+
+    def check(self, limits: Limits) -> None:
+        """Hold the request against ``limits``.
+
+        Raises:
+            LimitExceededError: naming the field and the bound that it passes.
+        """
+        _bound(self.steps, limits.max_steps, "steps")
+        if self.timesteps is not None:
+            _bound(len(self.timesteps), limits.max_steps, "timesteps")
+        for name, prompt in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt)):
+            _bound(len(prompt), limits.max_prompt_chars, name, unit=" characters")
+        for name, side in (("width_px", self.width_px), ("height_px", self.height_px)):
+            if side is not None:
+                _require(side >= limits.min_side_px, name, side, f"at least {limits.min_side_px}")
+                _bound(side, limits.max_side_px, name)
+        if self.width_px is not None and self.height_px is not None:
+            _bound(self.width_px * self.height_px, limits.max_area_px, "width_px * height_px")
+        if self.guidance is not None:
+            _bound(self.guidance, limits.max_guidance, "guidance")
+
+
+def _require(holds: bool, name: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise InvalidRequestError(f"{name} is {value}; allowed: {allowed}", field=name)
+
+
+def _bound(value: float, limit: float, name: str, *, unit: str = "") -> None:
+    if value > limit:
+        raise LimitExceededError(
+            f"{name} is {value}{unit}; at most {limit}{unit} is allowed", field=name, limit=limit
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """What steers one trajectory, as the UNet takes it.
+
+    Row 0 is the prompt; row 1, present when guidance is on, the negative prompt.
+
+    Attributes:
+        context: (rows, tokens, width) hidden states of the text encoders.
+        added: further per-row inputs by their graph name, each (rows, …): ``text_embeds`` and
+            ``time_ids`` (SDXL), ``timestep_cond`` (embedded guidance of distilled models).
+    """
+
+    context: torch.Tensor
+    added: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """UNet rows that a guided step costs: two with guidance, one without."""
+        return int(self.context.shape[0])
+
+
+class SnapshotGrade(StrEnum):
+    """How much of a trajectory a snapshot holds."""
+
+    FULL = "full"
+    """Everything: continues bit-equal on the same backend."""
+    STATE = "state"
+    """The clean prediction and its level only, for the noise cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A trajectory between two ticks, labelled by its log-SNR and never by its row alone.
+
+    Attributes:
+        grade: what it holds; the fields below the line are set for ``FULL`` only.
+        log_snr: log(alpha² / sigma²) of the state.
+        x: (channels, height, width) float32 latent, in variance-preserving scale.
+        clean: (channels, height, width) float32 clean-image prediction of the last step, or None
+            before the first.
+        state: (slots, channels, height, width) float32 solver state, ``x`` included.
+        row: next row of ``table_digest``'s table.
+        generator_state: bytes of the request's own torch CPU generator.
+        plan_digest: the plan that it ran on.
+        table_digest: digest of the solver table, so that a snapshot cannot go on with another.
+    """
+
+    grade: SnapshotGrade
+    log_snr: float
+    x: torch.Tensor
+    clean: torch.Tensor | None
+    # ---- FULL only
+    state: torch.Tensor | None = None
+    row: int | None = None
+    generator_state: bytes | None = None
+    plan_digest: str | None = None
+    table_digest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepEvent:
+    """One trajectory has advanced by one row.
+
+    Attributes:
+        step: rows done so far, 1 to ``steps``.
+        log_snr: level of the latent after the step.
+        batch_rows: UNet rows that shared the tick.
+        tick_s: seconds that the tick took.
+        preview: a small RGB picture, where one was asked for at this step.
+    """
+
+    trajectory_id: str
+    step: int
+    steps: int
+    log_snr: float
+    batch_rows: int
+    tick_s: float
+    preview: Image | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Where the time of one picture went, in seconds; ``queue_s`` is waiting for a first tick."""
+
+    queue_s: float = 0.0
+    encode_s: float = 0.0
+    cache_s: float = 0.0
+    denoise_s: float = 0.0
+    decode_s: float = 0.0
+
+    @property
+    def total_s(self) -> float:
+        """Sum of the phases."""
+        return self.queue_s + self.encode_s + self.cache_s + self.denoise_s + self.decode_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """A finished picture and everything needed to draw it again."""
+
+    image: Image
+    latent: torch.Tensor
+    """(channels, height, width) float32 final latent."""
+    seed: int
+    solver: str
+    schedule: str
+    steps: int
+    evaluations: int
+    """UNet evaluations of the table; Heun needs nearly two a step."""
+    guidance: float
+    width_px: int
+    height_px: int
+    model: str
+    plan_digest: str
+    approximations: Mapping[str, str] = field(default_factory=dict)
+    """Each approximation that touched the picture, by name, with its dial."""
+    timings: Timings = field(default_factory=Timings)
