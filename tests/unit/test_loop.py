@@ -22,7 +22,7 @@ from engine.loop import LoopConfig, StepLoop, Tick
 from engine.scheduler import TickPolicy
 from engine.solvers import SOLVERS
 from engine.trajectory import Blend, LaneKey, Trajectory, resume, table_digest
-from engine.types import SnapshotGrade
+from engine.types import Image, SnapshotGrade
 from tests.unit.fakes import (
     SHAPE,
     ClosedFormWalk,
@@ -41,7 +41,6 @@ def make_loop(
     rows: int = 8,
     max_live: int = 64,
     clock: FakeClock | None = None,
-    preview: Callable[[torch.Tensor], np.ndarray] | None = None,
     on_tick: Callable[[Tick], None] | None = None,
 ) -> StepLoop:
     return StepLoop(
@@ -49,7 +48,6 @@ def make_loop(
         TickPolicy(FixedTimes(rows=rows)),
         clock=clock or FakeClock(),
         config=LoopConfig(max_live=max_live),
-        preview=preview,
         on_tick=on_tick,
     )
 
@@ -253,12 +251,13 @@ def test_a_snapshot_goes_on_only_where_it_was_taken() -> None:
 def test_previews_come_at_the_steps_asked_for_from_the_clean_prediction() -> None:
     seen: list[torch.Tensor] = []
 
-    def preview(clean: torch.Tensor) -> np.ndarray:
+    def preview(clean: torch.Tensor) -> Image:
         seen.append(clean)
         return np.zeros((2, 2, 3), np.uint8)
 
-    loop = make_loop(preview=preview)
-    item = trajectory("t", numbers=solver_table("ddim", 6), preview_every=2)
+    loop = make_loop()
+    numbers = solver_table("ddim", 6)
+    item = trajectory("t", numbers=numbers, preview_every=2, preview=preview)
     loop.submit(item)
     finish(loop)
     with_preview = [e.step for e in owner_of(item).events if e.preview is not None]

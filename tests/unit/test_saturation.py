@@ -1,0 +1,65 @@
+"""Step times and B*."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.saturation import StepTimeFile, StepTimeTable, lane_name, measure, saturation_rows
+from engine.trajectory import LaneKey
+from tests.unit.fakes import FakeClock
+
+
+def test_saturation_is_the_smallest_batch_close_to_the_best_throughput() -> None:
+    # 100, 160, 192, 200 rows a second: 4 is within 5 % of the best, 2 is not
+    assert saturation_rows({1: 0.01, 2: 0.0125, 4: 4 / 192, 8: 0.04}) == 4
+
+
+def test_a_device_that_gains_nothing_from_batching_saturates_at_one() -> None:
+    assert saturation_rows({1: 0.1, 2: 0.2, 4: 0.4}) == 1
+
+
+def test_times_between_and_beyond_what_was_measured() -> None:
+    times = StepTimeTable(default_tick_s=0.7, default_rows=3)
+    assert times.tick_s("lane", 5) == 0.7
+    assert times.saturation_rows("lane") == 3
+    times.set("lane", {2: 0.2, 4: 0.3})
+    assert times.tick_s("lane", 1) == 0.2
+    assert times.tick_s("lane", 3) == pytest.approx(0.25)
+    assert times.tick_s("lane", 8) == pytest.approx(0.6)
+
+
+def test_ticks_correct_the_table_and_leave_the_saturation_batch() -> None:
+    times = StepTimeTable()
+    times.set("lane", {1: 0.1, 2: 0.11})
+    for _ in range(100):
+        times.observe("lane", 1, 0.3)
+    assert times.tick_s("lane", 1) == pytest.approx(0.3, rel=0.01)
+    assert times.saturation_rows("lane") == 2
+    times.observe("new", 4, 0.5)
+    assert times.tick_s("new", 4) == 0.5
+
+
+def test_measuring_takes_medians_and_stops_past_saturation() -> None:
+    clock = FakeClock()
+    runs: list[int] = []
+
+    def tick(rows: int) -> None:
+        runs.append(rows)
+        clock.tick(0.01 * max(rows, 4) * (5.0 if len(runs) == 3 else 1.0))  # one outlier
+
+    table = measure(tick, clock, rows=(1, 2, 4, 8, 16), repeats=3)
+    assert table == {rows: pytest.approx(0.01 * max(rows, 4)) for rows in (1, 2, 4, 8)}
+    assert saturation_rows(table) == 4
+
+
+def test_measurements_are_kept_per_device_and_a_broken_file_is_none(tmp_path: Path) -> None:
+    kept = StepTimeFile(tmp_path / "timings", "cpu-a")
+    assert kept.read() == {}
+    lane = lane_name(LaneKey("plan", (4, 16, 16), tokens=32))
+    kept.write({lane: {1: 0.1, 2: 0.15}})
+    assert StepTimeFile(tmp_path / "timings", "cpu-a").read() == {lane: {1: 0.1, 2: 0.15}}
+    assert StepTimeFile(tmp_path / "timings", "cpu-b").read() == {}
+    (tmp_path / "timings" / "cpu-a.json").write_text("[]")
+    assert kept.read() == {}
