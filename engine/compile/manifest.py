@@ -6,9 +6,13 @@ takes and gives; an input's ``source`` says who produces it, so that cuts and ta
 
 from __future__ import annotations
 
-from typing import Literal
+from fractions import Fraction
+from typing import TYPE_CHECKING, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    import torch
 
 PLAN_FORMAT = 1
 """Raised when the meaning of a field changes; part of every digest."""
@@ -19,7 +23,8 @@ DType = Literal["float32", "float16", "bfloat16", "int64", "int32"]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A scheduler config may hold -Infinity, which plain JSON would turn into null.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
 class Tap(_Frozen):
@@ -45,7 +50,7 @@ class TensorSpec(_Frozen):
     """One input or output of a graph.
 
     ``shape`` holds ints, and names for dynamic dimensions: ``batch``, ``height``, ``width``
-    (latent rows and columns, or an expression of them such as ``height//2``), ``tokens``, ``rank``.
+    (latent rows and columns), ``tokens``, ``rank``, or a multiple: ``height//2``, ``height*8``.
     """
 
     name: str
@@ -59,8 +64,28 @@ class TensorSpec(_Frozen):
     optional: bool = False
     """May be left out; the graph then uses its default (rank-0 factors, zero taps)."""
     skip: int | None = None
-    """For an input that is a skip connection: its index in the UNet's residual list (0 is
-    ``conv_in``), which is where a ControlNet's residuals are added. None otherwise."""
+    """For an input to which a ControlNet adds: the index among its residuals. 0 is the skip from
+    ``conv_in``; the last is the output of mid, as ControlNet lists it. None otherwise."""
+
+
+def scale_of(dim: str) -> tuple[str, Fraction]:
+    """Split a dynamic dimension: ``height//2`` is (``height``, 1/2), ``height*8`` is 8 times it."""
+    name, sign, factor = dim.partition("//") if "//" in dim else dim.partition("*")
+    if not sign:
+        return name, Fraction(1)
+    return name, Fraction(1, int(factor)) if sign == "//" else Fraction(int(factor))
+
+
+def scaled(name: str, scale: Fraction) -> str:
+    """The dimension that :func:`scale_of` splits into these."""
+    if scale == 1:
+        return name
+    return f"{name}*{scale}" if scale > 1 else f"{name}//{1 / scale}"
+
+
+def dtype_name(dtype: torch.dtype) -> DType:
+    """How a manifest names a torch dtype."""
+    return cast(DType, str(dtype).removeprefix("torch."))
 
 
 class SegmentSpec(_Frozen):
@@ -71,8 +96,14 @@ class SegmentSpec(_Frozen):
     file: str
     """Path of the graph inside the plan folder ("" when the runtime rebuilds it from modules)."""
     sha256: str
+    """Of ``file``; ``PlanManifest.files`` has every file."""
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    adapters_file: str | None = None
+    """The same graph on the same weights with ``factors`` as further inputs; None without sites."""
+    factors: tuple[TensorSpec, ...] = ()
+    """Low-rank inputs of its adapter sites. A run that feeds any of them uses ``adapters_file``;
+    those it leaves out add nothing. All are optional."""
 
 
 class AdapterSite(_Frozen):
@@ -154,6 +185,14 @@ class PlanManifest(_Frozen):
     precision: Precision
     versions: dict[str, str]
     """Exporter and backend versions, part of the digest."""
+    cuts: tuple[str, ...] | None = None
+    """Units after which the UNet is cut; None: between blocks."""
+    taps: tuple[Tap, ...] = ()
+    """Inner tensors that are inputs or outputs of the UNet's segments."""
+    recipe: dict[str, object] = Field(default_factory=dict)
+    """What changed the graphs after export (quantization), with its dials; part of the digest."""
+    files: dict[str, str] = Field(default_factory=dict)
+    """sha256 of every file of the plan but ``plan.json``, by path inside the folder."""
     model: ModelSpec
     unet: tuple[SegmentSpec, ...]
     """In the order in which the walker runs them; the last one gives ``prediction``."""
