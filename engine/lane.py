@@ -177,8 +177,11 @@ class Lane:
         return self._arrays["state"][slot, -1].to("cpu", copy=True)
 
     def _blend(self, x: torch.Tensor, member: Trajectory, slot: int) -> None:
-        """Put the kept part of an inpainted picture, at the level of ``x``, back into it."""
-        alpha, sigma = member.table.level(member.row)
+        """Put the kept part of an inpainted picture, at the level of ``x``, back into it.
+
+        After the last row it is put back clean, also under schedules that end a little short of it.
+        """
+        alpha, sigma = member.table.level(member.row) if member.steps_left else (1.0, 0.0)
         kept = alpha * self._arrays["blend.kept"][slot] + sigma * self._arrays["blend.noise"][slot]
         mask = self._arrays["blend.mask"][slot]
         x.mul_(mask).add_((1.0 - mask) * kept)

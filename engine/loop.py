@@ -78,7 +78,6 @@ class StepLoop:
 
     Args:
         walks: the network of each plan, by digest.
-        preview: turns a clean prediction (channels, h, w) into a small picture.
         on_tick: told of every tick, on the loop's thread.
     """
 
@@ -90,7 +89,6 @@ class StepLoop:
         device: torch.device | str = "cpu",
         config: LoopConfig | None = None,
         clock: Clock | None = None,
-        preview: Callable[[torch.Tensor], Image] | None = None,
         on_tick: Callable[[Tick], None] | None = None,
     ) -> None:
         self._walks = walks
@@ -98,7 +96,6 @@ class StepLoop:
         self._device = torch.device(device)
         self._config = config or LoopConfig()
         self._clock = clock or SystemClock()
-        self._preview = preview
         self._on_tick = on_tick
         self._lanes: dict[LaneKey, Lane] = {}
         self._live: dict[str, Trajectory] = {}
@@ -344,9 +341,9 @@ class StepLoop:
 
     def _preview_of(self, lane: Lane, member: Trajectory) -> Image | None:
         wanted = member.preview_every and member.row % member.preview_every == 0
-        if self._preview is None or not wanted or member.steps_left == 0:
+        if member.preview is None or not wanted or member.steps_left == 0:
             return None
-        return self._preview(lane.clean(member))
+        return member.preview(lane.clean(member))
 
 
 def _ready(trajectory: Trajectory) -> Ready:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,7 +11,7 @@ import torch
 
 from engine.errors import InvalidRequestError
 from engine.solvers.table import SolverTable
-from engine.types import Conditioning, Snapshot, SnapshotGrade, StepEvent
+from engine.types import Conditioning, Image, Snapshot, SnapshotGrade, StepEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,7 @@ class Trajectory:
         start: (channels, height, width) latent at row 0, or a whole (slots, …) solver state when
             it goes on from a full snapshot. Variance-preserving scale, float32.
         guided: per row of the table, whether guidance acts there.
+        preview: turns a clean prediction (channels, height, width) into a small picture.
         extra: further input channels (9-channel inpainting UNets), (k, height, width).
     """
 
@@ -86,6 +87,7 @@ class Trajectory:
     extra: torch.Tensor | None = None
     blend: Blend | None = None
     preview_every: int = 0
+    preview: Callable[[torch.Tensor], Image] | None = None
     priority: int = 0
     admitted_at_s: float = 0.0
     deadline_at_s: float | None = None

@@ -191,6 +191,9 @@ class PlanManifest(_Frozen):
     """Inner tensors that are inputs or outputs of the UNet's segments."""
     recipe: dict[str, object] = Field(default_factory=dict)
     """What changed the graphs after export (quantization), with its dials; part of the digest."""
+    target: dict[str, object] = Field(default_factory=dict)
+    """What a backend that compiles ahead of time compiled for: library, GPUs and shapes
+    (:class:`engine.compile.tensorrt_profile.EngineTarget`); part of the digest."""
     files: dict[str, str] = Field(default_factory=dict)
     """sha256 of every file of the plan but ``plan.json``, by path inside the folder."""
     model: ModelSpec

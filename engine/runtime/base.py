@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from engine.errors import ExecutionError
+
 if TYPE_CHECKING:
     import torch
 
@@ -23,22 +25,50 @@ class Graph(ABC):
 
     def __init__(self, spec: SegmentSpec) -> None:
         self.spec = spec
+        self._known = {port.name: port for port in (*spec.inputs, *spec.factors)}
+        self._required = [port.name for port in spec.inputs if not port.optional]
+        self._factors = {port.name for port in spec.factors}
+
+    def check(self, feeds: Mapping[str, torch.Tensor]) -> None:
+        """Hold ``feeds`` against the spec, the same way for every runtime.
+
+        Raises:
+            ExecutionError: naming an input that is missing, unknown, or of the wrong dtype.
+        """
+        for name in self._required:
+            if name not in feeds:
+                raise ExecutionError(f"{self.spec.name}: input {name!r} is missing")
+        for name, tensor in feeds.items():
+            port = self._known.get(name)
+            if port is None:
+                raise ExecutionError(f"{self.spec.name} has no input {name!r}")
+            if str(tensor.dtype) != f"torch.{port.dtype}" or tensor.ndim != len(port.shape):
+                raise ExecutionError(
+                    f"{self.spec.name}: input {name!r} is {tensor.dtype} of shape"
+                    f" {tuple(tensor.shape)}; it takes {port.dtype} {port.shape}"
+                )
+
+    def adapted(self, feeds: Mapping[str, torch.Tensor]) -> bool:
+        """Whether ``feeds`` brings low-rank factors, so that the variant with them must run."""
+        return not self._factors.isdisjoint(feeds)
 
     @abstractmethod
     def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run once.
 
         Args:
-            feeds: by ``TensorSpec.name``: every input that is not optional, on the runtime's
-                device and of the spec's dtype. The caller keeps ownership and does not write to
-                them during the call.
+            feeds: by ``TensorSpec.name``: every input that is not optional, and any of the
+                optional ones and of the factors (both factors of a site), on the runtime's device
+                and of the spec's dtype. The caller keeps ownership and does not write to them
+                during the call.
 
         Returns:
             By ``TensorSpec.name``, every output. The tensors belong to the caller: a later run
             never writes to them.
 
         Raises:
-            ExecutionError: the backend failed; the message names the segment.
+            ExecutionError: an input does not fit the spec, or the backend failed; the message
+                names the segment.
         """
 
     @abstractmethod
@@ -50,6 +80,8 @@ class Runtime(ABC):
     """Opens graphs on one device."""
 
     name: ClassVar[str]
+    threads: int = 1
+    """CPU threads of one graph; part of what a time measurement holds for."""
 
     @property
     @abstractmethod
@@ -65,5 +97,5 @@ class Runtime(ABC):
             BackendUnavailableError: the plan needs something that this machine lacks.
         """
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most runtimes share nothing
         """Free what the graphs share. Call after closing the graphs."""

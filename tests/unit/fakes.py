@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
 from engine.solvers import NoiseSchedule, SolverTable, table
 from engine.trajectory import LaneKey, Trajectory, guided_rows
-from engine.types import Conditioning, StepEvent
+from engine.types import Conditioning, Image, StepEvent
 
 SHAPE = (4, 6, 5)
 NOISE = NoiseSchedule()
@@ -127,6 +127,7 @@ def trajectory(
     scale: float = 1.0,
     lane: LaneKey | None = None,
     preview_every: int = 0,
+    preview: Callable[[torch.Tensor], Image] | None = None,
     deadline_at_s: float | None = None,
 ) -> Trajectory:
     numbers = numbers or solver_table()
@@ -148,6 +149,7 @@ def trajectory(
         generator=generator,
         listener=Owner(),
         preview_every=preview_every,
+        preview=preview,
         deadline_at_s=deadline_at_s,
     )
 

@@ -1,0 +1,167 @@
+"""Walks a plan's segments: noisy latents in, the network's prediction out.
+
+The walker knows no block by name. It follows the manifest: each segment takes tensors that were
+given from outside or made by an earlier segment, and leaves new ones. What add-ons and step reuse
+need is data: residuals for the inputs marked as skips, tensors for input taps, names of tensors to
+keep, and a choice of segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from engine.compile.plan import Plan
+from engine.errors import ExecutionError
+from engine.runtime.base import Graph, Runtime
+
+PREDICTION = "prediction"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One segment of a walk, and the tensors that nobody needs after it."""
+
+    graph: Graph
+    last_used: tuple[str, ...]
+
+
+class Denoiser:
+    """The network of one plan, opened on one runtime. Safe to call from several threads.
+
+    Attributes:
+        segments: names of the plan's segments, in order.
+        external_inputs: one spec for each tensor that comes from outside, input taps included.
+
+    Raises:
+        PlanCorruptError, BackendUnavailableError: see :meth:`Runtime.open`.
+    """
+
+    def __init__(self, plan: Plan, runtime: Runtime) -> None:
+        self._device = runtime.device
+        self._graphs: list[Graph] = []
+        try:
+            for segment in plan.manifest.unet:
+                self._graphs.append(runtime.open(plan.folder, plan.manifest, segment))
+        except BaseException:
+            self.close()
+            raise
+        specs = plan.manifest.unet
+        self.segments = tuple(segment.name for segment in specs)
+        made = {port.source for segment in specs for port in segment.outputs}
+        outer = {p.source: p for s in specs for p in s.inputs if p.source not in made}
+        self.external_inputs = tuple(outer.values())
+        self._walk = lru_cache(maxsize=64)(self._plan_walk)
+
+    def __call__(
+        self,
+        sample: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        added: Mapping[str, Tensor],
+        *,
+        factors: Mapping[str, Tensor] | None = None,
+        residuals: Mapping[int, Tensor] | None = None,
+        taps: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Evaluate the whole network once.
+
+        Args:
+            sample: (rows, in_channels, height, width) latents, as the UNet takes them.
+            timesteps: (rows,), fractions allowed.
+            context: (rows, tokens, width).
+            added: further conditioning by name, e.g. ``text_embeds``, each (rows, …).
+            factors: low-rank factors by graph input name, each stacked over the rows; rows
+                without an adapter bring zeros.
+            residuals: what ControlNets add, by index in their list of residuals.
+            taps: tensors for input taps, by the name of the tensor that they change.
+
+        Returns:
+            (rows, channels, height, width) float32 on the runtime's device.
+
+        Raises:
+            ExecutionError: a segment failed, or a tensor does not fit.
+        """
+        given = self.inputs(sample, timesteps, context, added)
+        given.update((f"tap.{name}", tensor) for name, tensor in (taps or {}).items())
+        return self.run(given, factors=factors, residuals=residuals)[PREDICTION]
+
+    def inputs(
+        self, sample: Tensor, timesteps: Tensor, context: Tensor, added: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The tensors from outside, under the names by which segments take them."""
+        named = {"sample": sample, "timestep": timesteps, "context": context}
+        return named | {f"added.{name}": tensor for name, tensor in added.items()}
+
+    def run(
+        self,
+        given: Mapping[str, Tensor],
+        *,
+        keep: Iterable[str] = (PREDICTION,),
+        segments: Sequence[str] | None = None,
+        factors: Mapping[str, Tensor] | None = None,
+        residuals: Mapping[int, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Walk some segments from given tensors to kept ones.
+
+        Args:
+            given: tensors by name: :meth:`inputs`, input taps as ``tap.<tensor>``, and whatever
+                the segments left out would have made.
+            keep: names of the tensors wanted.
+            segments: those to run; None for all. They run in the plan's order.
+
+        Returns:
+            The tensors of ``keep``, float32 on the runtime's device.
+        """
+        known = {name: tensor.to(self._device) for name, tensor in given.items()}
+        wanted = frozenset(keep)
+        for step in self._walk(None if segments is None else frozenset(segments), wanted):
+            feeds = _feeds(step.graph, known, residuals or {}, factors or {})
+            outputs = step.graph.run(feeds)
+            known.update((port.source, outputs[port.name]) for port in step.graph.spec.outputs)
+            for name in step.last_used:
+                known.pop(name, None)
+        if missing := wanted - known.keys():
+            raise ExecutionError(f"no segment of this walk makes {', '.join(sorted(missing))}")
+        return {name: known[name].float() for name in wanted}
+
+    def _plan_walk(self, only: frozenset[str] | None, wanted: frozenset[str]) -> tuple[Step, ...]:
+        graphs = [g for g in self._graphs if only is None or g.spec.name in only]
+        steps: list[Step] = []
+        needed = set(wanted)
+        for graph in reversed(graphs):
+            touched = {port.source for port in (*graph.spec.inputs, *graph.spec.outputs)}
+            steps.append(Step(graph, tuple(touched - needed)))
+            needed |= {port.source for port in graph.spec.inputs}
+        return tuple(reversed(steps))
+
+    def close(self) -> None:
+        """Close every graph. Closing twice is harmless."""
+        for graph in self._graphs:
+            graph.close()
+
+
+def _feeds(
+    graph: Graph,
+    known: Mapping[str, Tensor],
+    residuals: Mapping[int, Tensor],
+    factors: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    feeds = {}
+    for port in graph.spec.inputs:
+        if port.source not in known:
+            if port.optional:
+                continue
+            raise ExecutionError(f"{graph.spec.name} needs {port.source}, which nothing made")
+        tensor = known[port.source].to(getattr(torch, port.dtype))
+        if port.skip is not None and port.skip in residuals:
+            tensor = tensor + residuals[port.skip].to(tensor)
+        feeds[port.name] = tensor
+    for port in graph.spec.factors:
+        if port.name in factors:
+            feeds[port.name] = factors[port.name].to(getattr(torch, port.dtype))
+    return feeds

@@ -1,0 +1,184 @@
+"""PyTorch: the reference on CPU; on CUDA channels-last, compiled and recorded if wanted."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from engine.checkpoint import Checkpoint
+from engine.compile.build import CHECKPOINT, DTYPES
+from engine.compile.export import GraphSource, export_text_encoder, export_unet, export_vae
+from engine.compile.manifest import PlanManifest, SegmentSpec
+from engine.errors import BackendUnavailableError, CheckpointError, ExecutionError, PlanCorruptError
+from engine.runtime.base import Graph, Runtime
+
+_MAX_CAPTURES = 16
+"""CUDA graphs kept for one segment; each holds the memory of its inputs."""
+
+_Function = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+
+
+class TorchRuntime(Runtime):
+    """Rebuilds the modules of a plan and runs them.
+
+    Args:
+        device: any device of torch.
+        threads: of the whole process, on CPU; None leaves them alone.
+        compile: compile each segment with inductor for each shape (a minute or more each).
+        cuda_graphs: record each segment for each shape, and replay the recording.
+
+    Raises:
+        BackendUnavailableError: torch has no such device here.
+    """
+
+    name: ClassVar[str] = "torch"
+
+    def __init__(
+        self,
+        device: str = "cpu",
+        *,
+        threads: int | None = None,
+        compile: bool = False,
+        cuda_graphs: bool = False,
+    ) -> None:
+        self._device = torch.device(device)
+        if self._device.type == "cuda" and not torch.cuda.is_available():
+            raise BackendUnavailableError(
+                "torch finds no CUDA device; install a CUDA build of torch, or use device cpu"
+            )
+        if cuda_graphs and self._device.type != "cuda":
+            raise BackendUnavailableError(f"CUDA graphs need a CUDA device, not {device}")
+        if threads is not None and self._device.type == "cpu":
+            torch.set_num_threads(threads)
+        self._compile = compile
+        self._cuda_graphs = cuda_graphs
+        self._lock = threading.Lock()
+        self._parts: dict[tuple[Path, str], dict[str, GraphSource]] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors of ``Graph.run`` live."""
+        return self._device
+
+    def open(self, folder: Path, manifest: PlanManifest, segment: SegmentSpec) -> Graph:
+        """Open one graph. Segments of one network share its weights."""
+        if manifest.backend != self.name:
+            raise BackendUnavailableError(
+                f"the plan was built for {manifest.backend}; build it for {self.name}"
+            )
+        part = segment.name.partition(".")[0]
+        key = folder, part if part in ("text", "vae") else "unet"
+        with self._lock:
+            if key not in self._parts:
+                self._parts[key] = {s.name: s for s in self._load(*key, manifest)}
+            module = self._parts[key][segment.name].module
+        function: _Function = module
+        if self._compile:
+            function = torch.compile(module, dynamic=False, mode="max-autotune-no-cudagraphs")
+        if self._cuda_graphs:
+            function = _Recorded(function)
+        return TorchGraph(segment, function)
+
+    def close(self) -> None:
+        """Let go of the modules."""
+        with self._lock:
+            self._parts.clear()
+
+    def _load(self, folder: Path, part: str, manifest: PlanManifest) -> list[GraphSource]:
+        dtype = DTYPES[manifest.precision]
+        try:
+            checkpoint = Checkpoint.open(folder / CHECKPOINT)
+            match part:
+                case "unet":
+                    unet = checkpoint.load_unet(dtype)
+                    sources = export_unet(unet, manifest.cuts, manifest.taps)
+                case "vae":
+                    vae_dtype = torch.float32 if checkpoint.vae_needs_fp32 else dtype
+                    sources = [*export_vae(checkpoint.load_vae(vae_dtype))]
+                case _:
+                    encoders = checkpoint.load_text_encoders(dtype)
+                    sources = [export_text_encoder(e, f"text.{i}") for i, e in enumerate(encoders)]
+        except CheckpointError as error:
+            raise PlanCorruptError(f"plan {manifest.digest[:12]}: {error}") from error
+        for source in sources:
+            _place(source.module, self._device)
+        return sources
+
+
+class TorchGraph(Graph):
+    """One segment as a torch function."""
+
+    def __init__(self, spec: SegmentSpec, function: _Function) -> None:
+        super().__init__(spec)
+        self._function: _Function | None = function
+        # Low-rank factors pass through the module while it runs: one run at a time.
+        self._lock = threading.Lock()
+
+    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run once; see :meth:`Graph.run`."""
+        self.check(feeds)
+        with self._lock, torch.no_grad():
+            if self._function is None:
+                raise ExecutionError(f"{self.spec.name} is closed")
+            try:
+                return self._function(feeds)
+            except (RuntimeError, ValueError, KeyError) as error:
+                raise ExecutionError(f"{self.spec.name} failed: {error}") from error
+
+    def close(self) -> None:
+        """Let go of the function."""
+        with self._lock:
+            self._function = None
+
+
+def _place(module: nn.Module, device: torch.device) -> None:
+    module.eval().requires_grad_(False).to(device)
+    if device.type == "cuda":
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+class _Recorded:
+    """A function on CUDA tensors, recorded once for each set of shapes and then replayed."""
+
+    def __init__(self, function: _Function) -> None:
+        self._function = function
+        self._recordings: OrderedDict[object, _Recording] = OrderedDict()
+
+    def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        key = tuple((name, tensor.shape) for name, tensor in sorted(feeds.items()))
+        if key not in self._recordings:
+            self._recordings[key] = _Recording(self._function, feeds)
+            if len(self._recordings) > _MAX_CAPTURES:
+                self._recordings.popitem(last=False)
+        self._recordings.move_to_end(key)
+        return self._recordings[key].replay(feeds)
+
+
+class _Recording:
+    """One CUDA graph with the tensors that it reads and writes."""
+
+    def __init__(self, function: _Function, feeds: Mapping[str, Tensor]) -> None:
+        self._inputs = {name: tensor.clone() for name, tensor in feeds.items()}
+        # Libraries choose kernels and allocate workspaces on first use, which must not be recorded.
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                function(self._inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._outputs = function(self._inputs)
+
+    def replay(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies go in, so that the caller's tensors may move; and out, so that they stay."""
+        for name, tensor in feeds.items():
+            self._inputs[name].copy_(tensor)
+        self._graph.replay()
+        return {name: tensor.clone() for name, tensor in self._outputs.items()}
