@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-full lint format bench clean
+.PHONY: help test test-full lint format generate bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -40,6 +40,10 @@ lint: $(INSTALLED) ## ruff and mypy --strict
 format: $(INSTALLED) ## Let ruff format and fix what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+PROMPT ?= a cat on a blue background
+generate: $(INSTALLED) ## Draw PROMPT with the default model into out.png
+	$(BIN)/darkroom generate "$(PROMPT)" -o out.png
 
 bench: $(INSTALLED) ## The engine's speed table on the default model
 	$(BIN)/python -m loadtests.bench_engine

@@ -197,6 +197,16 @@ def save_image(
     Raises:
         InvalidRequestError: the ending is none of png, jpg, jpeg, webp.
     """
+    format = format_of(path)
+    path.write_bytes(encode_image(image, parameters, format=format, quality=quality))
+
+
+def format_of(path: Path) -> PictureFormat:
+    """The picture format that ``path`` ends in.
+
+    Raises:
+        InvalidRequestError: the ending is none of png, jpg, jpeg, webp.
+    """
     formats: dict[str, PictureFormat] = {
         ".png": "png",
         ".jpg": "jpeg",
@@ -208,8 +218,7 @@ def save_image(
             f"cannot write a {path.suffix or 'nameless'} picture; allowed: {', '.join(formats)}",
             field="output",
         )
-    format = formats[path.suffix.lower()]
-    path.write_bytes(encode_image(image, parameters, format=format, quality=quality))
+    return formats[path.suffix.lower()]
 
 
 def read_parameters(file: Path | BytesIO) -> Parameters | None:

@@ -1,0 +1,1 @@
+"""Darkroom's command line and, over :mod:`engine` and :mod:`cache`, its HTTP service."""

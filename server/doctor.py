@@ -1,0 +1,122 @@
+"""What this machine can run, found out by trying, and what to install for the rest."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from server.settings import Settings
+
+State = Literal["ok", "absent", "broken"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One part of the machine. ``absent`` is a choice; ``broken`` keeps Darkroom from working."""
+
+    part: str
+    state: State
+    detail: str
+    advice: str = ""
+
+
+def examine(settings: Settings) -> list[Finding]:
+    """Look at everything that a plan may need."""
+    return [
+        _python(),
+        _cpu(settings),
+        *_packages(),
+        _checked("onnxruntime", _onnxruntime),
+        _checked("cuda", _cuda),
+        _checked("tensorrt", _tensorrt),
+        _home(settings),
+    ]
+
+
+def _python() -> Finding:
+    version = platform.python_version()
+    return Finding("python", "ok", f"{version} on {platform.machine()}")
+
+
+def _cpu(settings: Settings) -> Finding:
+    flags = _cpu_flags()
+    int8 = "int8 at full width (VNNI)"
+    if not flags & {"avx512_vnni", "avx_vnni", "asimddp"}:
+        # Without VNNI, u8 x s8 products saturate at 16 bits: weights must keep a bit free.
+        int8 = "int8 with 7-bit weights (no VNNI)"
+    detail = f"{settings.threads} of {os.cpu_count()} cores, {int8}"
+    return Finding("cpu", "ok", detail, "DARKROOM_THREADS sets the number of threads")
+
+
+def _cpu_flags() -> set[str]:
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return set()
+    lines = (line.partition(":") for line in info.read_text().splitlines())
+    return {
+        flag
+        for key, _, value in lines
+        if key.strip() in ("flags", "Features")
+        for flag in value.split()
+    }
+
+
+def _packages() -> Iterator[Finding]:
+    for name, extra in (("torch", "engine"), ("transformers", "engine"), ("diffusers", "compile")):
+        try:
+            yield Finding(name, "ok", importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(name, "broken", "not installed", f"pip install 'darkroom[{extra}]'")
+
+
+def _checked(part: str, look: Callable[[], Finding]) -> Finding:
+    """A backend that fails to import or start is a finding, whatever it raises."""
+    try:
+        return look()
+    except Exception as error:
+        return Finding(part, "absent", f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def _onnxruntime() -> Finding:
+    import onnxruntime
+
+    providers = [
+        name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()
+    ]
+    return Finding("onnxruntime", "ok", f"{onnxruntime.__version__}: {', '.join(providers)}")
+
+
+def _cuda() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("cuda", "absent", "no usable GPU", "install a CUDA build of torch")
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return Finding("cuda", "ok", ", ".join(names))
+
+
+def _tensorrt() -> Finding:
+    for module in ("tensorrt", "tensorrt_rtx_bindings"):
+        try:
+            version = importlib.import_module(module).__version__
+        except ImportError:
+            continue
+        return Finding("tensorrt", "ok", f"{module} {version}")
+    return Finding("tensorrt", "absent", "not installed", "pip install 'darkroom[tensorrt]'")
+
+
+def _home(settings: Settings) -> Finding:
+    probe = settings.home / ".writable"
+    try:
+        settings.home.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        return Finding("home", "broken", f"{settings.home}: {error.strerror}", "set DARKROOM_HOME")
+    return Finding("home", "ok", str(settings.home), "DARKROOM_HOME moves it")

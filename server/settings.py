@@ -1,0 +1,79 @@
+"""The one module that reads the environment. A bad value is refused by key and value."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.errors import InvalidRequestError
+
+PREFIX = "DARKROOM_"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Where things are and how much of the machine to use."""
+
+    home: Path
+    """Compiled plans and their measurements (``DARKROOM_HOME``)."""
+    models: Path
+    """Folder of checkpoints, each a folder in Diffusers layout (``DARKROOM_MODELS``)."""
+    threads: int
+    """CPU threads of the graphs (``DARKROOM_THREADS``); the cores that this process may use."""
+
+    @property
+    def plans(self) -> Path:
+        """Where plans are stored."""
+        return self.home / "plans"
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] | None = None) -> Settings:
+        """Read ``DARKROOM_*``.
+
+        Raises:
+            InvalidRequestError: a key that is not known, or a value that cannot be used.
+        """
+        environ = os.environ if environ is None else environ
+        given = {key: value for key, value in environ.items() if key.startswith(PREFIX)}
+        known = {"DARKROOM_HOME", "DARKROOM_MODELS", "DARKROOM_THREADS"}
+        if unknown := sorted(given.keys() - known):
+            raise InvalidRequestError(
+                f"unknown setting {unknown[0]}; known: {', '.join(sorted(known))}"
+            )
+        cache_home = environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        return cls(
+            home=Path(given.get("DARKROOM_HOME") or Path(cache_home) / "darkroom").absolute(),
+            models=Path(given.get("DARKROOM_MODELS") or _bundled_models()).absolute(),
+            threads=_positive(given, "DARKROOM_THREADS", default=usable_cores()),
+        )
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on, container limits included."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(allowed or 1, _cgroup_cores() or allowed or 1))
+
+
+def _cgroup_cores() -> int | None:
+    """The CPU quota of the control group (version 2), rounded up; None without one."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return None
+    if quota == "max":
+        return None
+    return max(1, -(-int(quota) // int(period)))
+
+
+def _bundled_models() -> Path:
+    """The repository's own ``models/``, where the default model is."""
+    return Path(__file__).resolve().parent.parent / "models"
+
+
+def _positive(given: Mapping[str, str], key: str, *, default: int) -> int:
+    text = given.get(key, str(default))
+    if not text.isdecimal() or int(text) < 1:
+        raise InvalidRequestError(f"{key}={text!r}; allowed: a whole number, 1 or more", field=key)
+    return int(text)
