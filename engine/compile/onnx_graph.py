@@ -95,7 +95,7 @@ def _trace(source: GraphSource, *, plain: bool) -> ir.Model:
     for value, spec in zip(model.graph.inputs, source.inputs, strict=True):
         value.shape = ir.Shape(spec.shape)
         if spec.optional and not plain:
-            _default_to_zero(model.graph, value, [1] * len(spec.shape))
+            _default_to_zero(model.graph, value, spec)
     model.producer_name, model.producer_version, model.doc_string = "darkroom", "", None
     return model
 
@@ -216,13 +216,16 @@ def _add_input(graph: Any, spec: TensorSpec, dtype: Any, required: bool) -> Any:
     value = ir.Value(name=spec.name, shape=ir.Shape(spec.shape), type=ir.TensorType(dtype))
     graph.inputs.append(value)
     if not required:
-        shape = {"batch": 1, "rank": 0}
-        _default_to_zero(graph, value, [d if isinstance(d, int) else shape[d] for d in spec.shape])
+        _default_to_zero(graph, value, spec)
     return value
 
 
-def _default_to_zero(graph: Any, value: Any, shape: Sequence[int]) -> None:
-    """Give an input an initializer of its own name: it may then be left out of a run."""
+def _default_to_zero(graph: Any, value: Any, spec: TensorSpec) -> None:
+    """Give an input an initializer of its own name: it may then be left out of a run.
+
+    The smallest that will do: rank 0, and 1 for what broadcasts.
+    """
+    shape = [d if isinstance(d, int) else 0 if d == "rank" else 1 for d in spec.shape]
     value.const_value = ir.tensor(np.zeros(shape, value.dtype.numpy()), name=value.name)
     graph.register_initializer(value)
 
