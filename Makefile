@@ -3,6 +3,7 @@ PYTHON ?= python3
 # A user with a GPU, or with another torch build in mind, overrides this: make test TORCH="torch==2.13.0+cu130"
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+TEST_PROCESSES ?= 2
 INSTALLED := .venv/.installed
 
 # Two threads of BLAS beside two threads of a graph would fight for the cores.
@@ -25,12 +26,12 @@ test: $(INSTALLED) ## Lint, units, contracts, one end-to-end of each kind (at mo
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile
 
 test-full: $(INSTALLED) ## Everything: the tests above and the long rest
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m 'full or not full'
+	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile -m "full or not full"
 
 lint: $(INSTALLED) ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -94,9 +94,8 @@ class Engine:
         """
         model = self._model(name)
         lane = model.native_lane()
-        # Beside the plan and outside its digest: other machines share plans, not times.
-        folder = model.plan.folder.with_name(f"{model.digest}.timings")
-        kept = StepTimeFile(folder, device_fingerprint(model.device, model.threads))
+        fingerprint = device_fingerprint(model.device, model.threads)
+        kept = StepTimeFile(model.plan.timings_folder, fingerprint)
         tables = kept.read()
         if lane_name(lane) not in tables:
             tables[lane_name(lane)] = measure(model.blank_walk(lane), self._clock)
