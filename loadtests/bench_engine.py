@@ -49,7 +49,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of one process")
+    parser.add_argument("--turns", type=int, default=2, help="of all contenders")
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", choices=CONTENDERS, help=argparse.SUPPRESS)
@@ -57,11 +58,13 @@ def main() -> None:
     if options.child is not None:
         print(json.dumps(measure(options)))
         return
-    results: dict[tuple[str, int], dict[str, Any]] = {}
+    turns: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for threads in options.threads:
-        for name in options.contenders:
-            print(f"{name}, {threads} threads …", file=sys.stderr)
-            results[name, threads] = _in_child(name, threads)
+        for turn in range(options.turns):
+            for name in options.contenders:
+                print(f"{name}, {threads} threads, turn {turn + 1} …", file=sys.stderr)
+                turns.setdefault((name, threads), []).append(_in_child(name, threads))
+    results = {key: _median(runs) for key, runs in turns.items()}
     _print(options, results)
     if options.json is not None:
         rows = [{"contender": c, "threads": t, **r} for (c, t), r in results.items()]
@@ -75,6 +78,14 @@ def _in_child(name: str, threads: int) -> dict[str, Any]:
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
+
+
+def _median(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Median of each figure over the turns."""
+    merged: dict[str, Any] = {"peak_mb": statistics.median(run["peak_mb"] for run in runs)}
+    for key in ("pictures_per_s", "overhead"):
+        merged[key] = {b: statistics.median(run[key][b] for run in runs) for b in runs[0][key]}
+    return merged
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -101,7 +112,7 @@ def _diffusers(options: argparse.Namespace, threads: int) -> Callable[[int], dic
     from diffusers import DDIMScheduler, DiffusionPipeline
 
     folder = model_folder(settings_with_threads(threads), options.model)
-    pipe: Any = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     if options.child == "diffusers compile":
@@ -168,7 +179,9 @@ def _darkroom(options: argparse.Namespace, threads: int) -> Callable[[int], dict
 
 
 def _print(options: argparse.Namespace, results: dict[tuple[str, int], dict[str, Any]]) -> None:
-    table = Table("contender", "threads", title=conditions(options))
+    table = Table(
+        "contender", "threads", title=conditions(options, hide=("child", "contenders", "json"))
+    )
     for batch in options.batches:
         table.add_column(f"batch {batch}", justify="right")
     table.add_column("loop overhead", justify="right")

@@ -6,15 +6,15 @@ import argparse
 import platform
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from engine.compile.plan import Plan, PlanStore
 
 from engine.checkpoint import Checkpoint
 from engine.compile.manifest import PlanManifest, SegmentSpec
+from engine.compile.plan import Plan, PlanStore
 from engine.runtime.base import Graph, Runtime
 from server.settings import Settings
 
@@ -78,9 +78,10 @@ class _TimedGraph(Graph):
         self._inner.close()
 
 
-def conditions(options: argparse.Namespace) -> str:
-    """The machine and every option, for a table's title."""
-    given = ", ".join(f"{key} {value}" for key, value in sorted(vars(options).items()))
+def conditions(options: argparse.Namespace, *, hide: Sequence[str] = ()) -> str:
+    """The machine and every option that is not hidden, for a table's title."""
+    shown = {key: value for key, value in sorted(vars(options).items()) if key not in hide}
+    given = ", ".join(f"{key} {value}" for key, value in shown.items())
     return f"{_processor()}, python {platform.python_version()}: {given}"
 
 

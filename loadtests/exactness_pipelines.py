@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from engine.compile.plan import PlanStore
 from rich.console import Console
 from rich.table import Table
 
 from engine.checkpoint import Checkpoint
+from engine.compile.plan import PlanStore
 from engine.engine import Engine
 from engine.model import Model
 from engine.runtime import open_runtime
