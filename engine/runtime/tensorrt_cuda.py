@@ -35,7 +35,7 @@ class Cuda:
                 f"there is no {device}: this machine has {torch.cuda.device_count()} GPUs"
             )
         self.device = torch.device("cuda", index)
-        self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._side = torch.cuda.Stream(self.device)
 
     def capability(self) -> str:
         """Compute capability of the device, e.g. ``8.9``."""
@@ -55,7 +55,7 @@ class Cuda:
 
     def event(self) -> torch.cuda.Event:
         """A mark in a stream; waiting for one that was never recorded is no wait."""
-        return torch.cuda.Event()  # type: ignore[no-untyped-call]
+        return torch.cuda.Event()
 
     def synchronize(self) -> None:
         """Wait for everything on the device."""

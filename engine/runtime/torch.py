@@ -166,7 +166,7 @@ class _Recording:
     def __init__(self, function: _Function, feeds: Mapping[str, Tensor]) -> None:
         self._inputs = {name: tensor.clone() for name, tensor in feeds.items()}
         # Libraries choose kernels and allocate workspaces on first use, which must not be recorded.
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):

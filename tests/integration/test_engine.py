@@ -22,7 +22,7 @@ from engine.runtime.base import Runtime
 from engine.types import GenerateRequest, StepEvent
 
 
-def request(seed: int = 1, **changes: object) -> GenerateRequest:
+def request(seed: int | None = 1, **changes: object) -> GenerateRequest:
     values = {"prompt": "a red umbrella", "steps": 4, "seed": seed, **changes}
     return GenerateRequest(**values)  # type: ignore[arg-type]
 
