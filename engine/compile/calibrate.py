@@ -202,11 +202,12 @@ class Chain:
 
 
 def open_session(path: Path) -> Any:
-    """A session of one thread: results that do not depend on the machine's number of cores."""
+    """A session of one thread, unless the process has a pool of threads for its graphs already."""
+    from engine.runtime.onnxruntime import set_threads
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = 1
-    options.inter_op_num_threads = 1
+    set_threads(options, 1)
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from engine.compile.manifest import PlanManifest, SegmentSpec
 from engine.errors import BackendUnavailableError, ExecutionError, PlanCorruptError
 from engine.runtime.base import Graph, Runtime
 
+_log = logging.getLogger(__name__)
+
 _PROVIDERS = {
     "cpu": ("CPUExecutionProvider",),
     "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
@@ -28,7 +31,8 @@ class OnnxRuntime(Runtime):
 
     Args:
         device: ``cpu``, ``cuda`` or ``cuda:N``.
-        threads: for one graph; graphs that run at once share them.
+        threads: for one graph; graphs that run at once share them. A process has one pool: the
+            first runtime with several threads sets its size for all that come after.
         tensorrt: prefer ONNX Runtime's TensorRT provider to its CUDA one.
 
     Raises:
@@ -49,8 +53,7 @@ class OnnxRuntime(Runtime):
                 " pip install onnxruntime-gpu in its place"
             )
         self._providers = [(name, self._provider_options(name)) for name in wanted]
-        self._pooled = threads > 1 and _share_threads(threads)
-        self.threads = threads
+        self.threads = _share_threads(threads)
         if kind == "cpu":
             _share_arena()
 
@@ -75,10 +78,7 @@ class OnnxRuntime(Runtime):
         """
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors; warnings speak of optimisations
-        options.use_per_session_threads = not self._pooled
-        if not self._pooled:
-            options.inter_op_num_threads = 1
-            options.intra_op_num_threads = self.threads
+        set_threads(options, self.threads)
         # Idle threads that spin take the cores from whatever runs between two graphs.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -164,20 +164,36 @@ _pool_threads: int | None = None
 _arena_made = False
 
 
-def _share_threads(threads: int) -> bool:
-    """Make the process's one pool of graph threads; False where it has one of another size.
+def set_threads(options: onnxruntime.SessionOptions, threads: int) -> None:
+    """Give a session the process's pool where there is one: it must use it, and takes its size.
 
-    With a pool for each session, the threads of seven segments would fight for the cores.
+    To be asked for each session anew, since a pool may have been made since the last.
+    """
+    options.use_per_session_threads = _pool_threads is None
+    if _pool_threads is None:
+        options.inter_op_num_threads = 1
+        options.intra_op_num_threads = threads
+
+
+def _share_threads(threads: int) -> int:
+    """Make the process's one pool of graph threads, if it is not there; returns its size.
+
+    With a pool for each session, the threads of seven segments would fight for the cores. One
+    thread needs no pool.
     """
     global _pool_threads
     with _shared:
-        if _pool_threads is None:
-            try:
-                onnxruntime.set_global_thread_pool_sizes(threads, 1)
-            except Exception:  # other code in the process made a pool before us
-                return False
+        if _pool_threads is None and threads > 1:
+            onnxruntime.set_global_thread_pool_sizes(threads, 1)
             _pool_threads = threads
-        return _pool_threads == threads
+        # A single thread is a floor, not a wish: whoever asks for it is well served by more.
+        if threads > 1 and _pool_threads != threads:
+            _log.warning(
+                "this process runs graphs on %d threads already; %d were asked for",
+                _pool_threads,
+                threads,
+            )
+        return _pool_threads or threads
 
 
 def _share_arena() -> None:
