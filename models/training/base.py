@@ -284,7 +284,7 @@ def main() -> None:
     parser.add_argument(
         "--extend",
         action="store_true",
-        help="go on from the state before the decay, with more --minutes",
+        help="start from base-stable.pt, with more --minutes; resume such a run without it",
     )
     parser.add_argument(
         "--smoke", action="store_true", help="three steps: only to show that the stage works"

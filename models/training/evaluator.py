@@ -1,7 +1,7 @@
 """Train loupe, the evaluator: a two-tower score and attribute heads, on renderings of tintype's
 world.
 
-    python -m models.training.evaluator --work WORK --steps 2000 [--device cuda]
+    python -m models.training.evaluator --work WORK --steps 9000 [--device cuda]
 
 It trains on scenes that are not hidden, drawn and then slightly turned, softened and tinted, and
 is measured on hidden compositions. The checkpoint is ``WORK/loupe.pt``, the curve
@@ -161,8 +161,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=REPOSITORY / "models" / "loupe")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=2_000)
-    parser.add_argument("--batch", type=int, default=96)
+    parser.add_argument("--steps", type=int, default=9_000)
+    parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--report", type=int, default=100, help="steps between points of the curve")
     parser.add_argument("--save", type=int, default=500, help="steps between checkpoints")
