@@ -12,20 +12,7 @@ from hypothesis import strategies as st
 
 from engine.errors import InvalidRequestError
 from engine.scheduler import Batch, PolicyConfig, Ready, TickPolicy
-
-
-class FixedTimes:
-    """Every lane saturates at ``rows`` and ticks in ``seconds``."""
-
-    def __init__(self, rows: int = 8, seconds: float = 0.1) -> None:
-        self.rows = rows
-        self.seconds = seconds
-
-    def saturation_rows(self, lane: object) -> int:
-        return self.rows
-
-    def tick_s(self, lane: object, rows: int) -> float:
-        return self.seconds
+from tests.unit.fakes import FixedTimes
 
 
 def ready(id_: str, **changes: object) -> Ready:
