@@ -42,8 +42,8 @@ class EngineConfig:
 class Engine:
     """Runs requests for one or more models on one device.
 
-    Open models are given to :meth:`load`; the engine closes them on :meth:`unload` and
-    :meth:`close`. All methods are safe from any thread.
+    Open models are given to :meth:`load`, before or during traffic; :meth:`close` closes them.
+    Requests may come from any thread.
     """
 
     def __init__(
