@@ -1,0 +1,237 @@
+"""The configuration file of ``darkroom serve``: frozen, validated when it is read.
+
+Everything has a default that suits one machine: ``darkroom serve`` without a file serves the
+bundled model on loopback. Unknown keys are refused by name. Environment and flags are laid over the
+file by :mod:`server.settings` and the command line.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from engine.errors import InvalidRequestError
+from engine.types import Limits
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+"""Models, tenants and adapters are ids, never paths."""
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and nothing unknown."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Section):
+    """One model to serve."""
+
+    id: Name
+    path: Path | None = None
+    """A folder in Diffusers layout; by default the folder of that name in the models folder."""
+    precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
+    backend: Literal["onnxruntime", "torch", "tensorrt"] = "onnxruntime"
+    aliases: tuple[Name, ...] = ()
+    """Other ids under which clients may ask for it (``dall-e-2``, ``gpt-image-1``, …)."""
+
+
+class HttpConfig(Section):
+    """Where the gateway listens, and its bounds on what comes in."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    max_body_bytes: Annotated[int, Field(gt=0)] = 1 << 20
+    """Of a JSON body."""
+    max_upload_bytes: Annotated[int, Field(gt=0)] = 20 << 20
+    """Of a multipart body with pictures, and of JSON bodies of the A1111 routes that hold some."""
+    read_timeout_s: Positive = 15.0
+    """For the whole head, and for the body beside what its length excuses: slow uploads end."""
+    min_upload_bytes_per_s: Positive = 16 * 1024
+    cors_origins: tuple[str, ...] = ()
+    public_url: str | None = None
+    """Prefix of signed links; by default what the client called."""
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can connect."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
+class LimitsConfig(Section):
+    """Bounds on one request."""
+
+    max_steps: Annotated[int, Field(ge=1)] = 150
+    max_side_px: Annotated[int, Field(ge=16)] = 2048
+    max_area_px: Annotated[int, Field(ge=256)] = 2048 * 2048
+    max_prompt_chars: Annotated[int, Field(ge=1)] = 4000
+    max_guidance: Positive = 50.0
+    max_pictures: Annotated[int, Field(ge=1)] = 10
+    """Pictures of one request (OpenAI's ``n``)."""
+    max_input_px: Annotated[int, Field(ge=256)] = 4096 * 4096
+    """Pixels of an uploaded picture, checked before it is decoded."""
+    request_timeout_s: Positive = 600.0
+    """The deadline of a request that names none."""
+
+    def engine_limits(self) -> Limits:
+        """The part that the engine enforces."""
+        return Limits(
+            max_steps=self.max_steps,
+            max_side_px=self.max_side_px,
+            max_area_px=self.max_area_px,
+            max_prompt_chars=self.max_prompt_chars,
+            max_guidance=self.max_guidance,
+        )
+
+
+class WorkersConfig(Section):
+    """Worker replicas."""
+
+    replicas: Annotated[int, Field(ge=1)] = 1
+    max_replicas: Annotated[int, Field(ge=1)] | None = None
+    """With it, workers scale between both on outstanding steps."""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """CPU threads of the graphs of one worker; by default the cores, shared among the workers."""
+    memory_budget_bytes: Annotated[int, Field(gt=0)] | None = None
+    """Of loaded models in one worker; by default 60 % of the device's memory."""
+    snapshot_every_s: Positive = 2.0
+    """Compute that a worker's death may cost one picture: how often a full snapshot leaves it."""
+    max_live: Annotated[int, Field(ge=1)] = 256
+    device: Literal["cpu", "cuda"] = "cpu"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> WorkersConfig:
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError("max_replicas is below replicas")
+        return self
+
+
+class AdmissionConfig(Section):
+    """The queue: bounded in steps (UNet rows at native size), in all and per tenant."""
+
+    max_queued_steps: Positive = 20_000
+    max_queued_steps_per_tenant: Positive | None = None
+    """By default as many as in all."""
+    max_queued_requests: Annotated[int, Field(ge=1)] = 1000
+    aging_s: Positive = 30.0
+    """A waiting request gains one level of priority for every so many seconds."""
+
+
+class TenantConfig(Section):
+    """A tenant: who pays, who shares fairly, whose pictures are kept apart."""
+
+    id: Name
+    key_hashes: tuple[str, ...] = ()
+    """``darkroom keys new`` prints a key and its hash; only the hash is kept."""
+    weight: Positive = 1.0
+    requests_per_minute: Positive | None = None
+    max_priority: Annotated[int, Field(ge=-10, le=10)] = 0
+    operator: bool = False
+    """May use operator routes: models, cache, log level."""
+
+
+class AuthConfig(Section):
+    """API keys. Off is allowed on loopback only."""
+
+    enabled: bool | None = None
+    """By default on, except on loopback without tenants."""
+    tenants: tuple[TenantConfig, ...] = ()
+
+
+class JobsConfig(Section):
+    """Jobs and their results: in memory, or in Redis, where they survive a gateway."""
+
+    ttl_s: Positive = 3600.0
+    max_jobs: Annotated[int, Field(ge=1)] = 10_000
+    max_bytes: Annotated[int, Field(ge=1)] = 512 << 20
+    """Of results; the oldest finished ones go first."""
+    link_ttl_s: Positive = 3600.0
+    """How long a signed link to a picture works."""
+    webhook_hosts: tuple[str, ...] = ()
+    """Hosts that a webhook may call; none by default. Private addresses need their own entry."""
+    webhook_attempts: Annotated[int, Field(ge=1, le=20)] = 5
+
+
+class RedisConfig(Section):
+    """One Redis for jobs and the noise cache; the password comes from DARKROOM_REDIS_URL."""
+
+    url: str | None = None
+    timeout_s: Positive = 0.5
+
+
+class LoggingConfig(Section):
+    """Structured logs."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["json", "text"] = "json"
+    prompts: bool = False
+    """Whether prompts may appear in logs."""
+
+
+class ServeConfig(Section):
+    """The whole of it."""
+
+    models: tuple[ModelConfig, ...] = (ModelConfig(id="tintype"),)
+    """The first is the default."""
+    http: HttpConfig = HttpConfig()
+    limits: LimitsConfig = LimitsConfig()
+    workers: WorkersConfig = WorkersConfig()
+    admission: AdmissionConfig = AdmissionConfig()
+    auth: AuthConfig = AuthConfig()
+    jobs: JobsConfig = JobsConfig()
+    redis: RedisConfig = RedisConfig()
+    logging: LoggingConfig = LoggingConfig()
+    drain_timeout_s: Positive = 30.0
+    """How long in-flight requests may go on after SIGTERM."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ServeConfig:
+        if not self.models:
+            raise ValueError("models: at least one is needed")
+        names = [name for model in self.models for name in (model.id, *model.aliases)]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"models: {twice[0]!r} names two of them")
+        if not self.auth_on and not self.http.loopback:
+            raise ValueError(
+                f"http.host is {self.http.host}, which others can reach, and auth is off;"
+                " name tenants with keys, or listen on 127.0.0.1"
+            )
+        if self.auth_on and not any(tenant.key_hashes for tenant in self.auth.tenants):
+            raise ValueError("auth.enabled, but no tenant has a key; `darkroom keys new` makes one")
+        return self
+
+    @property
+    def auth_on(self) -> bool:
+        """Whether requests need a key."""
+        if self.auth.enabled is None:
+            return bool(self.auth.tenants) or not self.http.loopback
+        return self.auth.enabled
+
+
+def read_config(path: Path | None) -> ServeConfig:
+    """Read a YAML file; without one, the defaults.
+
+    Raises:
+        InvalidRequestError: naming the file and every key that is wrong.
+    """
+    if path is None:
+        return ServeConfig()
+    try:
+        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InvalidRequestError(f"{path} cannot be read: {error}", field="config") from error
+    try:
+        return ServeConfig.model_validate({} if content is None else content)
+    except ValidationError as error:
+        wrong = "; ".join(
+            f"{'.'.join(str(part) for part in item['loc']) or 'config'}: {item['msg']}"
+            for item in error.errors()
+        )
+        raise InvalidRequestError(f"{path}: {wrong}", field="config") from error

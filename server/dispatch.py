@@ -1,0 +1,54 @@
+"""The seam between the HTTP interfaces and whatever draws: one protocol, two implementations.
+
+:class:`server.local.LocalDispatcher` runs an engine in this process; the Ray one asks the router
+for a worker and streams from it. One contract test runs against both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Protocol
+
+from server.messages import Load, ModelInfo, PictureEvent, PictureTask, Readiness
+
+
+class Dispatcher(Protocol):
+    """Admits tasks, finds a worker for each, and passes on what it says."""
+
+    def draw(self, tasks: Sequence[PictureTask]) -> AsyncGenerator[PictureEvent, None]:
+        """Draw the pictures of one request and yield the events of all, as they happen.
+
+        Every task ends in exactly one ``Drawn`` or ``Failed``; then the generator ends. Closing it
+        (``aclose``, or cancelling the task that iterates) cancels what is unfinished before its
+        next step and frees its slot.
+
+        Raises:
+            OverloadedError: refused at admission, all tasks together, before the first event.
+            DeadlineExceededError: the deadline cannot be met, refused likewise.
+            InvalidRequestError: an unknown model.
+            ClosedError: the application drains.
+        """
+        ...
+
+    async def models(self) -> Sequence[ModelInfo]:
+        """The configured models; the default first."""
+        ...
+
+    async def readiness(self) -> Readiness:
+        """Whether every configured model is warm."""
+        ...
+
+    async def load(self) -> Load:
+        """How busy the application is."""
+        ...
+
+    async def metrics(self) -> Sequence[tuple[str, bytes]]:
+        """(replica name, Prometheus text) of every worker and the router that answers in time.
+
+        Those that do not answer are left out; the gateway marks them as missing.
+        """
+        ...
+
+    async def close(self, timeout_s: float) -> None:
+        """Take nothing more, finish what runs, and give up after ``timeout_s`` seconds."""
+        ...
