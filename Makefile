@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # A user with a GPU, or with another torch build in mind, overrides this: make test TORCH="torch==2.13.0+cu130"
 TORCH ?= torch==2.13.0
+# Without an NVIDIA driver, PyTorch's own index has the build that is a tenth of the size; out of reach, PyPI's serves.
+TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo --retries 0 --extra-index-url https://download.pytorch.org/whl/cpu)
 BIN := .venv/bin
 TEST_PROCESSES ?= 2
 INSTALLED := .venv/.installed
@@ -18,7 +20,7 @@ help: ## List the targets
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(TORCH_INDEX) $(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 

@@ -138,7 +138,7 @@ class TenantConfig(Section):
 
 
 class AuthConfig(Section):
-    """API keys. Off is allowed on loopback only."""
+    """API keys. Off by default on loopback only; anywhere else it has to be said."""
 
     enabled: bool | None = None
     """By default on, except on loopback without tenants."""
@@ -198,13 +198,12 @@ class ServeConfig(Section):
         names = [name for model in self.models for name in (model.id, *model.aliases)]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"models: {twice[0]!r} names two of them")
-        if not self.auth_on and not self.http.loopback:
-            raise ValueError(
-                f"http.host is {self.http.host}, which others can reach, and auth is off;"
-                " name tenants with keys, or listen on 127.0.0.1"
-            )
         if self.auth_on and not any(tenant.key_hashes for tenant in self.auth.tenants):
-            raise ValueError("auth.enabled, but no tenant has a key; `darkroom keys new` makes one")
+            why = "" if self.auth.enabled else f" (http.host is {self.http.host}, not loopback)"
+            raise ValueError(
+                f"requests need an API key{why}, but no tenant has one; `darkroom keys new` makes"
+                " one, and `auth: {enabled: false}` opens the server to whoever can reach it"
+            )
         return self
 
     @property
