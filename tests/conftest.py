@@ -21,6 +21,12 @@ DEFAULT_MODEL = Path(__file__).parent.parent / "models" / "tintype"
 
 
 @pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """Tests marked ``anyio`` run on asyncio, as the server does."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A function from a family's name to its tiny checkpoint, each written once a session.
 

@@ -10,22 +10,10 @@ import torch
 from engine.solvers import NoiseSchedule, SolverTable, table
 from engine.trajectory import LaneKey, Trajectory, guided_rows
 from engine.types import Conditioning, Image, StepEvent
+from tests.fake_clock import FakeClock
 
 SHAPE = (4, 6, 5)
 NOISE = NoiseSchedule()
-
-
-class FakeClock:
-    """Time that moves only by :meth:`tick`."""
-
-    def __init__(self) -> None:
-        self.time_s = 100.0
-
-    def now_s(self) -> float:
-        return self.time_s
-
-    def tick(self, seconds: float) -> None:
-        self.time_s += seconds
 
 
 class FixedTimes:

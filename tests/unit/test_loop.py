@@ -23,10 +23,10 @@ from engine.scheduler import TickPolicy
 from engine.solvers import SOLVERS
 from engine.trajectory import Blend, LaneKey, Trajectory, resume, table_digest
 from engine.types import Image, SnapshotGrade
+from tests.fake_clock import FakeClock
 from tests.unit.fakes import (
     SHAPE,
     ClosedFormWalk,
-    FakeClock,
     FixedTimes,
     Owner,
     owner_of,

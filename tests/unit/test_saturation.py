@@ -8,7 +8,7 @@ import pytest
 
 from engine.saturation import StepTimeFile, StepTimeTable, lane_name, measure, saturation_rows
 from engine.trajectory import LaneKey
-from tests.unit.fakes import FakeClock
+from tests.fake_clock import FakeClock
 
 
 def test_saturation_is_the_smallest_batch_close_to_the_best_throughput() -> None:
