@@ -85,16 +85,18 @@ class KeyRing:
     Args:
         auth: the tenants of the configuration.
         enabled: whether a key is needed; without, every request is :data:`ANONYMOUS`'s.
+        loopback: whether only this machine can connect: then the anonymous tenant is its operator.
 
     Raises:
         InvalidRequestError: a hash that ``darkroom keys new`` did not print, or a tenant or key
             that is there twice.
     """
 
-    def __init__(self, auth: AuthConfig, *, enabled: bool) -> None:
+    def __init__(self, auth: AuthConfig, *, enabled: bool, loopback: bool = False) -> None:
         self._enabled = enabled
-        # Whoever reaches a gateway without authentication is on this machine: its operator.
-        self._anonymous = Caller(Tenant(id=ANONYMOUS, max_priority=10, operator=True), ANONYMOUS)
+        self._anonymous = Caller(
+            Tenant(id=ANONYMOUS, max_priority=10 if loopback else 0, operator=loopback), ANONYMOUS
+        )
         self._tenants: dict[str, Tenant] = {}
         self._keys: dict[str, tuple[bytes, bytes, Tenant]] = {}
         for config in auth.tenants:
@@ -114,7 +116,7 @@ class KeyRing:
     @classmethod
     def of(cls, config: ServeConfig) -> KeyRing:
         """The key ring that ``config`` describes."""
-        return cls(config.auth, enabled=config.auth_on)
+        return cls(config.auth, enabled=config.auth_on, loopback=config.http.loopback)
 
     @property
     def enabled(self) -> bool:

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from engine.errors import DarkroomError, InvalidRequestError
+from server.config_cli import config_app, keys_app
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(config_app, name="config")
+app.add_typer(keys_app, name="keys")
 _out = Console()
 _err = Console(stderr=True)
 

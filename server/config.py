@@ -8,8 +8,9 @@ file by :mod:`server.settings` and the command line.
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -214,23 +215,53 @@ class ServeConfig(Section):
         return self.auth.enabled
 
 
-def read_config(path: Path | None) -> ServeConfig:
+class Override(NamedTuple):
+    """A value that is laid over the file, and where it came from, for the error that names it."""
+
+    value: str | int | float | bool
+    source: str
+
+
+def read_config(path: Path | None, overrides: Mapping[str, Override] | None = None) -> ServeConfig:
     """Read a YAML file; without one, the defaults.
 
+    Args:
+        overrides: by dotted key (``http.port``), laid over the file before anything is validated.
+
     Raises:
-        InvalidRequestError: naming the file and every key that is wrong.
+        InvalidRequestError: naming the file and every key that is wrong, never a value.
     """
-    if path is None:
-        return ServeConfig()
+    overrides = overrides or {}
+    content: Any = {}
+    if path is not None:
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InvalidRequestError(f"{path} cannot be read: {error}", field="config") from error
     try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InvalidRequestError(f"{path} cannot be read: {error}", field="config") from error
-    try:
-        return ServeConfig.model_validate({} if content is None else content)
+        return ServeConfig.model_validate(_laid_over(content, overrides))
     except ValidationError as error:
-        wrong = "; ".join(
-            f"{'.'.join(str(part) for part in item['loc']) or 'config'}: {item['msg']}"
-            for item in error.errors()
-        )
-        raise InvalidRequestError(f"{path}: {wrong}", field="config") from error
+        wrong = []
+        for item in error.errors():
+            key = ".".join(str(part) for part in item["loc"]) or "config"
+            named = f"{overrides[key].source} ({key})" if key in overrides else key
+            wrong.append(f"{named}: {item['msg']}")
+        where = "configuration" if path is None else str(path)
+        raise InvalidRequestError(f"{where}: {'; '.join(wrong)}", field="config") from error
+
+
+def _laid_over(content: Any, overrides: Mapping[str, Override]) -> Any:
+    """``content`` with every override in its place; what is no mapping is left to the validator."""
+    content = {} if content is None else content
+    for key, override in overrides.items():
+        *sections, name = key.split(".")
+        inner = content
+        for section in sections:
+            if not isinstance(inner, dict):
+                return content
+            if inner.get(section) is None:
+                inner[section] = {}
+            inner = inner[section]
+        if isinstance(inner, dict):
+            inner[name] = override.value
+    return content

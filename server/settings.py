@@ -8,8 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import InvalidRequestError
+from server.config import Override, ServeConfig, read_config
 
 PREFIX = "DARKROOM_"
+CONFIG_KEYS: Mapping[str, str] = {
+    "DARKROOM_HOST": "http.host",
+    "DARKROOM_PORT": "http.port",
+    "DARKROOM_PUBLIC_URL": "http.public_url",
+    "DARKROOM_REDIS_URL": "redis.url",
+    "DARKROOM_REPLICAS": "workers.replicas",
+    "DARKROOM_LOG_LEVEL": "logging.level",
+    "DARKROOM_LOG_FORMAT": "logging.format",
+}
+"""Variables that are laid over the configuration file, and the keys that they set."""
+_OWN_KEYS = ("DARKROOM_CONFIG", "DARKROOM_HOME", "DARKROOM_MODELS", "DARKROOM_THREADS")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +34,8 @@ class Settings:
     """Folder of checkpoints, each a folder in Diffusers layout (``DARKROOM_MODELS``)."""
     threads: int
     """CPU threads of the graphs (``DARKROOM_THREADS``); the cores that this process may use."""
+    config: Path | None = None
+    """The configuration file of ``darkroom serve`` (``DARKROOM_CONFIG``)."""
 
     @property
     def plans(self) -> Path:
@@ -37,17 +51,47 @@ class Settings:
         """
         environ = os.environ if environ is None else environ
         given = {key: value for key, value in environ.items() if key.startswith(PREFIX)}
-        known = {"DARKROOM_HOME", "DARKROOM_MODELS", "DARKROOM_THREADS"}
+        known = {*_OWN_KEYS, *CONFIG_KEYS}
         if unknown := sorted(given.keys() - known):
             raise InvalidRequestError(
                 f"unknown setting {unknown[0]}; known: {', '.join(sorted(known))}"
             )
+        config = given.get("DARKROOM_CONFIG")
         cache_home = environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
         return cls(
             home=Path(given.get("DARKROOM_HOME") or Path(cache_home) / "darkroom").absolute(),
             models=Path(given.get("DARKROOM_MODELS") or _bundled_models()).absolute(),
             threads=_positive(given, "DARKROOM_THREADS", default=usable_cores()),
+            config=Path(config).absolute() if config else None,
         )
+
+
+def served_config(
+    path: Path | None = None,
+    *,
+    flags: Mapping[str, str | int | float | bool | None] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> ServeConfig:
+    """The configuration that counts: flags over the environment over the file over the defaults.
+
+    Args:
+        path: of the file; by default what ``DARKROOM_CONFIG`` names.
+        flags: values from the command line by dotted key; those that are None were not given.
+
+    Raises:
+        InvalidRequestError: naming the variable, flag or key that is wrong.
+    """
+    environ = os.environ if environ is None else environ
+    path = path or Settings.from_environment(environ).config
+    overrides = {
+        key: Override(environ[name], name) for name, key in CONFIG_KEYS.items() if environ.get(name)
+    }
+    overrides |= {
+        key: Override(value, f"--{key.rpartition('.')[2].replace('_', '-')}")
+        for key, value in (flags or {}).items()
+        if value is not None
+    }
+    return read_config(path, overrides)
 
 
 def usable_cores() -> int:

@@ -22,7 +22,7 @@ from server.auth import (
     operator_of,
     tenant_of,
 )
-from server.config import AuthConfig, ServeConfig, TenantConfig
+from server.config import AuthConfig, HttpConfig, ServeConfig, TenantConfig
 from server.errors import ForbiddenError, UnauthenticatedError
 
 FIRST, SECOND = new_key(), new_key()
@@ -93,6 +93,12 @@ def test_without_authentication_everyone_is_the_anonymous_operator() -> None:
     assert (caller.tenant.id, caller.tenant.operator) == (ANONYMOUS, True)
     assert caller.tenant.requests_per_minute is None
     assert keys.tenants() == (caller.tenant,)
+
+
+def test_an_open_server_that_others_can_reach_has_no_operator() -> None:
+    config = ServeConfig(http=HttpConfig(host="0.0.0.0"), auth=AuthConfig(enabled=False))
+    tenant = KeyRing.of(config).identify({}).tenant
+    assert (tenant.id, tenant.operator, tenant.max_priority) == (ANONYMOUS, False, 0)
 
 
 @pytest.mark.parametrize(
