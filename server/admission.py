@@ -1,0 +1,335 @@
+"""Admission, leases, and placement on workers: all policy of the router, and nothing else.
+
+No Ray, no I/O, no clock of its own: the router feeds it and carries out what it says. Everything is
+counted in *steps*, UNet rows at the model's native size, because a request may cost five or five
+hundred. What a ticket meets, in this order:
+
+1. *Admission* is all or nothing for the tickets of a request, bounded in steps in all and per
+   tenant. A deadline that the measured rates cannot meet is refused at once, with the time after
+   which it could have been met.
+2. *The fair queue* (:mod:`server.fair_queue`).
+3. *Placement*: a worker holds ``depth`` saturation batches, enough for its step loop to mix and to
+   lose a member without a hole; the rest waits here, where it can still be put in order. Among
+   workers with room, one that has the model, then the one that is free soonest. A worker takes on
+   a model that others have only when nothing waits for those that it has itself.
+4. *A lease*, renewed by its gateway's heartbeat. Silence frees what a dead gateway held, and the
+   worker hears at its next report what it need not go on with.
+
+A new instance knows nothing. Reports and heartbeats say within seconds what is running.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from engine.errors import DeadlineExceededError, LimitExceededError, OverloadedError
+from engine.ports import Clock
+from server.config import AdmissionConfig
+from server.fair_queue import FairQueue
+from server.messages import Load
+from server.routing import Grant, Rate, Ticket, WorkerReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdmissionPolicy:
+    """Dials that no operator needs to turn."""
+
+    depth: float = 2.0
+    """Saturation batches on a worker from which on it gets no further ticket."""
+    lease_s: float = 15.0
+    """A lease that its gateway has not renewed for so long is void."""
+    report_s: float = 5.0
+    """A worker that has not reported for so long gets nothing new."""
+
+
+@dataclass(slots=True)
+class _Lease:
+    grant: Grant
+    steps_left: float
+    renewed_at_s: float
+
+
+@dataclass(slots=True)
+class _Worker:
+    """A worker's last report, and what it holds by our own count: ``grants`` fills that in."""
+
+    report: WorkerReport
+    heard_at_s: float
+    batches: float = 0.0
+    busy_s: float = 0.0
+
+    def add(self, ticket: Ticket, steps_left: float) -> None:
+        """Count a ticket that it holds."""
+        rate = self.report.rates.get(ticket.model) or next(iter(self.report.rates.values()), None)
+        if rate is None:  # nothing measured yet: one ticket fills it
+            self.batches += 1e9
+        else:
+            self.batches += ticket.width / rate.saturation_steps
+            self.busy_s += steps_left / rate.steps_per_s
+
+
+class Admission:
+    """Tickets that wait, leases at work, and the workers. Belongs to one event loop.
+
+    ``clock`` gives Unix time, because arrivals and deadlines come from other processes.
+    """
+
+    def __init__(
+        self,
+        config: AdmissionConfig,
+        *,
+        weights: Mapping[str, float],
+        clock: Clock,
+        policy: AdmissionPolicy | None = None,
+    ) -> None:
+        self._config = config
+        self._policy = policy or AdmissionPolicy()
+        self._clock = clock
+        self._queue = FairQueue(weights, config.aging_s)
+        self._leases: dict[str, _Lease] = {}
+        self._workers: dict[str, _Worker] = {}
+        self._gateways: dict[str, float] = {}
+        self._ended: dict[str, float] = {}
+        """When gateways ended leases, kept while a worker's report may still name them."""
+
+    # ------------------------------------------------------------------ what gateways say
+
+    def admit(self, tickets: Sequence[Ticket]) -> None:
+        """Take the tickets of one request, all of them or none.
+
+        Neither bounds nor deadlines are held against resumed ones: they were admitted before.
+
+        Raises:
+            OverloadedError: the queue is full, or busy beyond the deadline; with the seconds until
+                that should have changed.
+            DeadlineExceededError: an idle application could not meet the deadline either.
+            LimitExceededError: the request alone is larger than the whole queue.
+        """
+        fresh = [ticket for ticket in tickets if not ticket.resumed]
+        if fresh:
+            self._check_bounds(fresh)
+        for ticket in tickets:
+            self._gateways[ticket.gateway] = self._clock.now_s()
+            self._leases.pop(ticket.id, None)
+            self._ended.pop(ticket.id, None)
+            self._queue.push(ticket)
+        try:
+            self._check_deadlines(fresh)
+        except (OverloadedError, DeadlineExceededError):
+            for ticket in tickets:
+                self._queue.remove(ticket.id)
+            raise
+
+    def end(self, ticket_id: str) -> None:
+        """Forget a ticket, waiting or running: it is done, cancelled or given up."""
+        self._queue.remove(ticket_id)
+        if self._leases.pop(ticket_id, None) is not None:
+            self._ended[ticket_id] = self._clock.now_s()
+
+    def heard(self, gateway: str, running: Iterable[Grant]) -> None:
+        """A gateway lives, and this is what runs for it: renew its leases, or learn of them."""
+        self._gateways[gateway] = self._clock.now_s()
+        for grant in running:
+            id_ = grant.ticket.id
+            if id_ not in self._ended and id_ not in self._queue:
+                known = self._leases.get(id_)
+                self._lease(grant, known.steps_left if known else grant.ticket.steps)
+
+    def lose(self, worker: str) -> None:
+        """A gateway saw a worker die: its leases are void, and it gets no more."""
+        self._workers.pop(worker, None)
+        self._leases = {i: held for i, held in self._leases.items() if held.grant.worker != worker}
+
+    # ------------------------------------------------------------------ what workers say
+
+    def report(self, report: WorkerReport) -> tuple[str, ...]:
+        """Note what a worker has and does; returns the ids that run on it for nobody any more.
+
+        A task that nobody is known to wait for holds a lease for a while, so that an instance that
+        has just started counts what it did not grant until the gateways claim it.
+        """
+        now_s = self._clock.now_s()
+        self._workers[report.id] = _Worker(report, now_s)
+        orphans = []
+        for live in report.live:
+            if (lease := self._leases.get(live.id)) is not None:
+                lease.steps_left = live.steps_left
+                if now_s - lease.renewed_at_s > self._policy.lease_s:
+                    orphans.append(live.id)
+            elif (ended_at_s := self._ended.get(live.id)) is not None:
+                # The report crossed the gateway's word on its way, or a cancel was lost.
+                if now_s - ended_at_s > self._policy.report_s:
+                    orphans.append(live.id)
+            elif live.id not in self._queue:
+                unclaimed = Ticket(
+                    id=live.id,
+                    request_id="",
+                    gateway="",
+                    tenant="",
+                    model=live.model,
+                    steps=live.steps_left,
+                    width=live.width,
+                    arrived_at_s=now_s,
+                )
+                self._lease(Grant(unclaimed, report.id), live.steps_left)
+        return tuple(orphans)
+
+    # ------------------------------------------------------------------ what the router does
+
+    def grants(self) -> list[Grant]:
+        """Start what can start now, in fair order."""
+        granted: list[Grant] = []
+        wanted = {ticket.model for ticket in self._queue}
+        blocked: set[str] = set()
+        fleet = self._fleet() if wanted else []
+        for ticket in self._queue.in_order():
+            if blocked == wanted:
+                break
+            if ticket.model in blocked:
+                continue
+            worker = self._place(ticket.model, fleet, wanted)
+            if worker is None:
+                blocked.add(ticket.model)
+                continue
+            self._queue.start(ticket)
+            worker.add(ticket, ticket.steps)
+            granted.append(Grant(ticket, worker.report.id))
+            self._lease(granted[-1], ticket.steps)
+        return granted
+
+    def sweep(self) -> list[Ticket]:
+        """Drop what nobody speaks for any more; returns tickets whose deadline passed waiting."""
+        now_s = self._clock.now_s()
+        silent_s = now_s - self._policy.lease_s
+        void_s = silent_s - self._policy.lease_s
+        self._gateways = {i: at_s for i, at_s in self._gateways.items() if at_s >= silent_s}
+        self._workers = {i: w for i, w in self._workers.items() if w.heard_at_s >= silent_s}
+        # A void lease stays for as long again: meanwhile the worker's reports earn it a cancel.
+        self._leases = {i: held for i, held in self._leases.items() if held.renewed_at_s >= void_s}
+        self._ended = {i: at_s for i, at_s in self._ended.items() if at_s >= void_s}
+        late = []
+        for ticket in self._queue:
+            passed = ticket.deadline_at_s is not None and now_s >= ticket.deadline_at_s
+            if passed:
+                late.append(ticket)
+            if passed or ticket.gateway not in self._gateways:
+                self._queue.remove(ticket.id)
+        if not self._leases:
+            self._queue.forgive()
+        return late
+
+    def places(self) -> dict[str, tuple[int, int]]:
+        """(position from 1, steps ahead of it in the queue) of every ticket that waits."""
+        places = {}
+        ahead = 0.0
+        for position, ticket in enumerate(self._queue.in_order(), start=1):
+            places[ticket.id] = (position, round(ahead))
+            ahead += ticket.steps
+        return places
+
+    def load(self) -> Load:
+        """How busy the application is."""
+        return Load(
+            queued=len(self._queue),
+            queued_steps=self._queue.steps(),
+            running=len(self._leases),
+            running_steps=sum(lease.steps_left for lease in self._leases.values()),
+            steps_per_s=sum(rate.steps_per_s for rate in self._rates(None)),
+        )
+
+    def workers(self) -> tuple[WorkerReport, ...]:
+        """The last report of every worker that is heard of."""
+        return tuple(worker.report for worker in self._workers.values())
+
+    # ------------------------------------------------------------------ bounds and deadlines
+
+    def _check_bounds(self, tickets: Sequence[Ticket]) -> None:
+        asked = sum(ticket.steps for ticket in tickets)
+        tenant = tickets[0].tenant
+        in_all = self._config.max_queued_steps
+        of_tenant = self._config.max_queued_steps_per_tenant or in_all
+        bound = min(in_all, of_tenant)
+        if asked > bound:
+            raise LimitExceededError(
+                f"the request costs {asked:.0f} steps; at most {bound:.0f} may wait", limit=bound
+            )
+        waiting = self._queue.steps()
+        over = max(waiting + asked - in_all, self._queue.steps(tenant) + asked - of_tenant)
+        requests = len({ticket.request_id for ticket in self._queue})
+        if requests >= self._config.max_queued_requests:
+            over = max(over, waiting / requests)
+        if over > 0:
+            raise OverloadedError(
+                "too much is waiting already; try again later",
+                retry_after_s=self._seconds(over, None),
+            )
+
+    def _check_deadlines(self, tickets: Sequence[Ticket]) -> None:
+        """Hold each deadline against the work in front of it; all tickets are in the queue."""
+        judged = {t.id: t.deadline_at_s for t in tickets if t.deadline_at_s is not None}
+        if not judged or not self._workers:
+            return  # without a measurement there is nothing to judge by
+        now_s = self._clock.now_s()
+        there_s = sum(
+            self._seconds(lease.steps_left, lease.grant.ticket.model) or 0.0
+            for lease in self._leases.values()
+        )
+        for ticket in self._queue.in_order():
+            there_s += self._seconds(ticket.steps, ticket.model) or 0.0
+            if ticket.id not in judged:
+                continue
+            left_s = judged.pop(ticket.id) - now_s
+            tick_s = min((rate.tick_s for rate in self._rates(ticket.model)), default=0.0)
+            alone_s = ticket.steps / ticket.width * tick_s
+            if alone_s > left_s:
+                raise DeadlineExceededError(
+                    f"the picture takes {alone_s:.1f} s; the deadline leaves {max(0.0, left_s):.1f}"
+                )
+            if there_s > left_s:
+                raise OverloadedError(
+                    f"the picture would take {there_s:.1f} s with the work before it; the deadline"
+                    f" leaves {left_s:.1f}",
+                    retry_after_s=there_s - left_s,
+                )
+            if not judged:
+                return
+
+    # ------------------------------------------------------------------ workers
+
+    def _lease(self, grant: Grant, steps_left: float) -> None:
+        self._leases[grant.ticket.id] = _Lease(grant, steps_left, self._clock.now_s())
+
+    def _fleet(self) -> list[_Worker]:
+        """The workers that may get work, with what they hold."""
+        since_s = self._clock.now_s() - self._policy.report_s
+        fleet = {}
+        for id_, worker in self._workers.items():
+            if worker.heard_at_s >= since_s:
+                fleet[id_] = _Worker(worker.report, worker.heard_at_s)
+        for lease in self._leases.values():
+            if (holder := fleet.get(lease.grant.worker)) is not None:
+                holder.add(lease.grant.ticket, lease.steps_left)
+        return list(fleet.values())
+
+    def _place(
+        self, model: str, fleet: Iterable[_Worker], wanted: Collection[str]
+    ) -> _Worker | None:
+        """The worker for the next ticket of ``model``, or None while it has to wait."""
+        have = [worker for worker in fleet if model in worker.report.rates]
+        room = [worker for worker in fleet if worker.batches < self._policy.depth]
+        near = [worker for worker in room if worker in have]
+        if not near and have:
+            near = [worker for worker in room if not wanted & worker.report.rates.keys()]
+        return min(near if have else room, key=lambda worker: worker.busy_s, default=None)
+
+    def _rates(self, model: str | None) -> list[Rate]:
+        """What each worker does of ``model``, or of its first where nobody has measured that."""
+        reports = self.workers()
+        known = [rate for report in reports if (rate := report.rates.get(model or ""))]
+        return known or [next(iter(report.rates.values())) for report in reports if report.rates]
+
+    def _seconds(self, steps: float, model: str | None) -> float | None:
+        """How long all workers together need for ``steps``; None while none is known."""
+        rate = sum(rate.steps_per_s for rate in self._rates(model))
+        return steps / rate if rate > 0 else None

@@ -1,0 +1,125 @@
+"""What gateways, the router and workers say to each other. Small: no pictures, no prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from server.messages import Load, ModelInfo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ticket:
+    """A task as admission sees it: what it costs and who waits for it.
+
+    Attributes:
+        id: of the task.
+        request_id: what it is part of.
+        gateway: the replica that waits; its silence frees everything it holds.
+        steps: UNet rows at native size that it still needs.
+        width: steps that it puts into each tick of its worker.
+        arrived_at_s: Unix time of its first admission; a resumed ticket keeps it, and its place.
+        deadline_at_s: Unix time after which it is worthless.
+        resumed: admitted before. Its worker, or the router itself, died since.
+    """
+
+    id: str
+    request_id: str
+    gateway: str
+    tenant: str
+    model: str
+    steps: float
+    width: float
+    arrived_at_s: float
+    priority: int = 0
+    deadline_at_s: float | None = None
+    resumed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """``ticket`` may run on ``worker`` now."""
+
+    ticket: Ticket
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A ticket still waits: at ``position`` from 1, behind ``steps_ahead``."""
+
+    ticket_id: str
+    position: int
+    steps_ahead: int
+
+
+@dataclass(frozen=True, slots=True)
+class Expired:
+    """A ticket's deadline passed while it waited."""
+
+    ticket_id: str
+
+
+RouterNews = Grant | Place | Expired
+"""What an admitted request hears from the router."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rate:
+    """What a worker measured of a model, at its native size."""
+
+    steps_per_s: float
+    """At saturation."""
+    saturation_steps: float
+    """B*: the steps of a tick beyond which a larger tick brings nothing."""
+    tick_s: float
+    """Seconds of a tick with one guided picture: no picture is faster than its ticks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Live:
+    """A task at work, in a worker's report."""
+
+    id: str
+    model: str
+    steps_left: float
+    width: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerReport:
+    """What a worker tells the router every second.
+
+    Attributes:
+        id: the replica's, under which gateways reach it.
+        rates: of the models that are loaded.
+        models: every model that it can serve, the default first, loaded or not.
+        live: what it works on.
+    """
+
+    id: str
+    rates: Mapping[str, Rate]
+    models: tuple[ModelInfo, ...]
+    live: tuple[Live, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportReply:
+    """The answer to a report.
+
+    Attributes:
+        cancel: ids of tasks that run for nobody any more.
+        outstanding_steps: waiting and running in the whole application; autoscaling reads it here.
+    """
+
+    cancel: tuple[str, ...]
+    outstanding_steps: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pulse:
+    """The answer to a gateway's heartbeat: what it may answer without asking again."""
+
+    models: tuple[ModelInfo, ...]
+    load: Load
+    workers: int
