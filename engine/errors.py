@@ -14,6 +14,7 @@
     │   └── PlanStorageError     it could not be written (disk full, permissions)
     ├── BackendUnavailableError  the runtime or device asked for is not usable here
     ├── ExecutionError           a graph failed, or produced NaN, for one trajectory      (HTTP 500)
+    │   └── OutOfMemoryError     the device's memory is too small for it                  (HTTP 500)
     ├── CancelledError           the trajectory was cancelled                             (HTTP 499)
     ├── DeadlineExceededError    its deadline passed before it finished                   (HTTP 504)
     ├── OverloadedError          a bounded queue is full                                  (HTTP 429)
@@ -25,9 +26,23 @@ wrong and what is allowed; they never contain a prompt.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class DarkroomError(Exception):
-    """Base of every error raised on purpose."""
+    """Base of every error raised on purpose. Errors travel between processes: they pickle."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception's own would call the constructor without its keyword-only arguments.
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(
+    kind: type[DarkroomError], args: tuple[Any, ...], state: dict[str, Any]
+) -> DarkroomError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class InvalidRequestError(DarkroomError):
@@ -80,6 +95,10 @@ class BackendUnavailableError(DarkroomError):
 
 class ExecutionError(DarkroomError):
     """Running a graph failed, or gave a non-finite result, for one trajectory."""
+
+
+class OutOfMemoryError(ExecutionError):
+    """The device has no memory left for a batch; a smaller one may succeed."""
 
 
 class CancelledError(DarkroomError):
