@@ -37,6 +37,43 @@ class Limits:
     max_guidance: float = 50.0
 
 
+class CacheMode(StrEnum):
+    """How a request may use the noise cache."""
+
+    OFF = "off"
+    EXACT = "exact"
+    """Only a picture of the very same request, seed included: the identical picture."""
+    APPROXIMATE = "approximate"
+    """Start from the steps that a similar prompt already paid for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheDirective:
+    """What one request lets the noise cache do. It narrows what the engine allows, never widens it.
+
+    Attributes:
+        min_similarity: floor on the cosine between both prompts' embeddings, -1 to 1.
+        max_jump: largest share of the steps to skip, 0 to 1; at 0 nothing is reused.
+
+    Raises:
+        InvalidRequestError: at construction, naming the field.
+    """
+
+    mode: CacheMode
+    min_similarity: float = -1.0
+    max_jump: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.mode not in tuple(CacheMode):
+            allowed = ", ".join(CacheMode)
+            raise InvalidRequestError(
+                f"cache is {self.mode!r}; allowed: {allowed}", field="cache.mode"
+            )
+        low, high = self.min_similarity, self.max_jump
+        _require(-1.0 <= low <= 1.0, "cache.min_similarity", low, "-1 to 1")
+        _require(0.0 <= high <= 1.0, "cache.max_jump", high, "0 to 1")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
     """One picture to draw. ``None`` means "as the checkpoint says".
@@ -74,6 +111,9 @@ class GenerateRequest:
     """Higher goes first among requests with equal deadline slack."""
     deadline_s: float | None = None
     """Seconds from submission after which the result is worthless."""
+    cache: CacheDirective | None = None
+    """``None``: off for a request that names its seed, approximate for others (where the engine
+    has a noise cache)."""
 
     def __post_init__(self) -> None:
         _require(self.steps >= 1, "steps", self.steps, "at least 1")
@@ -234,6 +274,42 @@ class Timings:
         return self.queue_s + self.encode_s + self.cache_s + self.denoise_s + self.decode_s
 
 
+class ReuseOutcome(StrEnum):
+    """What became of a request's look into the noise cache."""
+
+    HIT = "hit"
+    MISS = "miss"
+    SLOW = "slow"
+    """No answer within the time budget: a miss."""
+    FAILED = "failed"
+    """The cache could not be asked: a miss."""
+    OFF = "off"
+    """Not wanted: see :attr:`GenerateRequest.cache`."""
+    BYPASSED = "bypassed"
+    """This kind of request does not use the cache; ``Reuse.note`` says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reuse:
+    """What a picture owes to the noise cache.
+
+    Attributes:
+        source: id of the stored state that it started from; None without a hit.
+        similarity: cosine between both prompts' embeddings; 1 for an exact hit.
+        steps_skipped: evaluations of the solver table that it was spared.
+        log_snr: level at which it entered.
+        note: why the cache was bypassed.
+    """
+
+    outcome: ReuseOutcome
+    mode: CacheMode = CacheMode.OFF
+    source: str | None = None
+    similarity: float | None = None
+    steps_skipped: int = 0
+    log_snr: float | None = None
+    note: str = ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Picture:
     """A finished picture and everything needed to draw it again."""
@@ -254,4 +330,6 @@ class Picture:
     plan_digest: str
     approximations: Mapping[str, str] = field(default_factory=dict)
     """Each approximation that touched the picture, by name, with its dial."""
+    reuse: Reuse | None = None
+    """What the noise cache did; None on an engine without one."""
     timings: Timings = field(default_factory=Timings)
