@@ -46,6 +46,10 @@ class HttpConfig(Section):
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    max_head_bytes: Annotated[int, Field(gt=0)] = 32 << 10
+    """Of a request's first line and headers together."""
+    max_connections: Annotated[int, Field(gt=0)] = 1000
+    """Open connections of one gateway, idle ones included."""
     max_body_bytes: Annotated[int, Field(gt=0)] = 1 << 20
     """Of a JSON body."""
     max_upload_bytes: Annotated[int, Field(gt=0)] = 20 << 20
@@ -167,6 +171,13 @@ class RedisConfig(Section):
     timeout_s: Positive = 0.5
 
 
+class ContentConfig(Section):
+    """What is looked at before a picture is released."""
+
+    check: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] | None = None
+    """``package.module:callable`` of the operator's own check (:mod:`server.content_check`)."""
+
+
 class LoggingConfig(Section):
     """Structured logs."""
 
@@ -188,6 +199,7 @@ class ServeConfig(Section):
     auth: AuthConfig = AuthConfig()
     jobs: JobsConfig = JobsConfig()
     redis: RedisConfig = RedisConfig()
+    content: ContentConfig = ContentConfig()
     logging: LoggingConfig = LoggingConfig()
     drain_timeout_s: Positive = 30.0
     """How long in-flight requests may go on after SIGTERM."""

@@ -13,7 +13,11 @@ from engine.errors import DarkroomError
 
 
 class ServerError(DarkroomError):
-    """Base of what the server refuses or fails on its own account."""
+    """Base of what the server refuses or fails; ``field`` names the parameter to blame, if any."""
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class NotFoundError(ServerError):
@@ -44,12 +48,16 @@ class PayloadTooLargeError(ServerError):
     """The body or an upload is larger than the configured bound."""
 
 
-class UnprocessableError(ServerError):
-    """Well-formed, but not servable; ``field`` names the parameter."""
+class TooSlowError(ServerError):
+    """The head or the body of the request arrived more slowly than the configured bound."""
 
-    def __init__(self, message: str, *, field: str | None = None) -> None:
-        super().__init__(message)
-        self.field = field
+
+class JobsUnavailableError(ServerError):
+    """The store of jobs does not answer; try again."""
+
+
+class UnprocessableError(ServerError):
+    """Well-formed, but not servable."""
 
 
 class ContentRefusedError(ServerError):
@@ -86,6 +94,8 @@ TABLE: tuple[tuple[type[Exception], Row], ...] = (
     (NotFoundError, Row(404, "not_found_error", "not_found")),
     (ConflictError, Row(409, "conflict_error", "conflict")),
     (PayloadTooLargeError, Row(413, "invalid_request_error", "payload_too_large")),
+    (TooSlowError, Row(408, "invalid_request_error", "too_slow")),
+    (JobsUnavailableError, Row(503, "unavailable", "jobs_unavailable")),
     (UnprocessableError, Row(422, "invalid_request_error", "unprocessable")),
     (RateLimitedError, Row(429, "rate_limit_error", "rate_limited")),
     (WorkerLostError, Row(503, "unavailable", "worker_lost")),
