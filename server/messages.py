@@ -149,11 +149,14 @@ class ModelInfo:
     def rows(self, request: GenerateRequest) -> int:
         """UNet rows that ``request`` costs, an upper bound: two a step with guidance."""
         guidance = self.guidance_default if request.guidance is None else request.guidance
+        return self.evaluations(request) * (2 if self.guidable and guidance > 1.0 else 1)
+
+    def evaluations(self, request: GenerateRequest) -> int:
+        """Rows of the solver table of ``request``, an upper bound."""
         steps = request.steps if request.timesteps is None else len(request.timesteps)
         if request.image is not None and request.mask is None:
             steps = max(1, int(steps * request.strength))
-        evaluations = 2 * steps - 1 if (request.solver or self.solver_default) == "heun" else steps
-        return evaluations * (2 if self.guidable and guidance > 1.0 else 1)
+        return 2 * steps - 1 if (request.solver or self.solver_default) == "heun" else steps
 
     def area(self, request: GenerateRequest) -> float:
         """Pixels of ``request`` in units of the native picture: how much dearer a row is."""

@@ -1,0 +1,55 @@
+"""``/v1/models``: what can be asked for, as OpenAI's clients list it."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Depends
+
+from server.auth import tenant_of
+from server.messages import ModelInfo
+from server.orders import model_named
+from server.schemas.base import responses
+from server.schemas.openai import ModelDetails, ModelList, ModelReply
+from server.services import Services
+
+
+def routes(services: Services) -> APIRouter:
+    """The two routes."""
+    router = APIRouter(prefix="/v1/models", tags=["models"], dependencies=[Depends(tenant_of)])
+    aliases = {model.id: list(model.aliases) for model in services.config.models}
+
+    def reply(model: ModelInfo, *, default: bool) -> ModelReply:
+        return ModelReply(
+            id=model.id,
+            created=model.created_s,
+            darkroom=ModelDetails(
+                aliases=aliases.get(model.id, []),
+                family=model.family,
+                native_px=model.native_px,
+                size_multiple_px=model.size_multiple_px,
+                min_px=model.min_px,
+                max_px=model.max_px,
+                guidance_default=model.guidance_default,
+                solver_default=model.solver_default,
+                schedule_default=model.schedule_default,
+                precision=model.precision,
+                backend=model.backend,
+                plan_digest=model.plan_digest,
+                inpainting_only=model.inpainting_only,
+                default=default,
+            ),
+        )
+
+    @router.get("", summary="List the models", responses=responses(401, 429, 500, 503))
+    async def models() -> ModelList:
+        """Every model that is served; a request that names none gets the first."""
+        found = await services.dispatcher.models()
+        return ModelList(data=[reply(model, default=i == 0) for i, model in enumerate(found)])
+
+    @router.get("/{model}", summary="One model", responses=responses(401, 404, 429, 500, 503))
+    async def one_model(model: str) -> ModelReply:
+        """A model by its id, or by an alias of it."""
+        found = await model_named(services, model)
+        first = (await services.dispatcher.models())[0]
+        return reply(found, default=found.id == first.id)
+
+    return router

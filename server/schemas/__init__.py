@@ -1,0 +1,1 @@
+"""Request and reply bodies, one module for each interface. Requests refuse unknown fields."""

@@ -1,0 +1,133 @@
+"""What every request for pictures may say, and what every picture's reply tells."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from engine.types import CacheDirective, CacheMode
+from server.messages import Drawn, PictureFormat
+from server.schemas.base import Body, Reply, ScheduleName, Seed, SolverName, TimingsReply
+
+Quality = Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class CacheBody(Body):
+    """What the request lets the noise cache do."""
+
+    mode: Literal["off", "exact", "approximate"]
+    """`exact` reuses only the very same request; `approximate` starts from the steps that a
+    similar prompt already paid for, and the reply names it."""
+    min_similarity: Annotated[float, Field(ge=-1.0, le=1.0)] = -1.0
+    """Floor on the cosine between both prompts."""
+    max_jump: Fraction = 1.0
+    """Largest share of the steps to skip."""
+
+    def directive(self) -> CacheDirective:
+        """The same for the engine."""
+        return CacheDirective(
+            mode=CacheMode(self.mode), min_similarity=self.min_similarity, max_jump=self.max_jump
+        )
+
+
+class DrawBody(Body):
+    """What every request for pictures may say."""
+
+    prompt: Annotated[str, Field(min_length=1, max_length=32_000, examples=["a red umbrella"])]
+    """What to draw. The configured bound on its length is usually lower."""
+    model: Annotated[str | None, Field(max_length=64, examples=["tintype"])] = None
+    """A configured model's id or alias; by default the first."""
+    n: Annotated[int | None, Field(ge=1, le=128, examples=[1])] = None
+    """How many pictures; picture i, from 0, is drawn with seed + i."""
+    size: Annotated[
+        str | None, Field(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$", examples=["auto"])
+    ] = None
+    """`auto`, the model's own size (when editing: the picture's), or WIDTHxHEIGHT in pixels."""
+    quality: Annotated[Quality | None, Field(examples=["auto"])] = None
+    """How many steps where `steps` is left out: low 10, high and hd 30, xhigh 40, max 50, and
+    20 otherwise; of a few-step solver (lcm, tcd) a fifth of that."""
+    output_format: Annotated[PictureFormat | None, Field(examples=["png"])] = None
+    """The format of the finished pictures; png by default. Partial pictures are always PNG."""
+    output_compression: Annotated[int | None, Field(ge=0, le=100)] = None
+    """Quality of JPEG and WebP, 0 to 100, by default 90; PNG is exact and ignores it."""
+    user: Annotated[str | None, Field(max_length=256)] = None
+    """Your name for an end user. Only a hash of it is noted, in the request's log line."""
+    safety_identifier: Annotated[str | None, Field(max_length=256)] = None
+    """The newer name of `user`; wins where both are given."""
+    moderation: Literal["auto", "low"] | None = None
+    """Accepted without effect: the operator decides whether and how content is checked."""
+    background: Literal["auto", "opaque", "transparent"] | None = None
+    """Pictures are opaque; `transparent` is refused."""
+
+    negative_prompt: Annotated[str, Field(max_length=32_000)] = ""
+    """What to keep out; needs guidance above 1."""
+    steps: Annotated[int | None, Field(ge=1, le=1000, examples=[20])] = None
+    """Denoising steps; by default what `quality` says."""
+    solver: Annotated[SolverName | None, Field(examples=["dpmpp_2m"])] = None
+    """By default the checkpoint's own."""
+    schedule: Annotated[ScheduleName | None, Field(examples=["karras"])] = None
+    """How the steps are spread over the noise levels; by default the solver's own."""
+    timesteps: Annotated[
+        tuple[Annotated[float, Field(ge=0.0)], ...] | None, Field(min_length=1, max_length=1000)
+    ] = None
+    """Custom timesteps, descending; they replace `steps` and `schedule`."""
+    guidance: Annotated[float | None, Field(ge=0.0, le=1000.0, examples=[5.0])] = None
+    """Classifier-free guidance scale; 1 or less turns guidance off and halves the work."""
+    guidance_interval: tuple[Fraction, Fraction] | None = None
+    """The part of the steps, as two fractions, in which guidance acts; all by default."""
+    eta: Fraction | None = None
+    """Share of fresh noise of the solvers that have it (ddim, tcd)."""
+    seed: Annotated[Seed | None, Field(examples=[7])] = None
+    """The seed of the first picture; drawn, and named in the reply, where it is left out."""
+    priority: Annotated[int, Field(ge=-10, le=10)] = 0
+    """Higher goes first, up to what the tenant may ask for."""
+    deadline_s: Annotated[float | None, Field(gt=0.0, le=86_400.0)] = None
+    """Seconds after which the pictures are worthless. Refused at once where it cannot be met."""
+    cache: CacheBody | None = None
+    """By default off for a request that names its seed, and approximate for others, where the
+    server has a noise cache."""
+    metadata: bool = True
+    """Whether the files hold the parameters that drew them, the prompt included."""
+
+
+class DrawnReply(Reply):
+    """Everything needed to draw one picture again, and how long it took."""
+
+    index: int
+    seed: int
+    solver: str
+    schedule: str
+    steps: int
+    guidance: float
+    width_px: int
+    height_px: int
+    model: str
+    plan_digest: str
+    """The compiled model, precision and backend that drew it."""
+    approximations: dict[str, str]
+    """Each approximation that touched the picture, by name, with its dial; empty means exact."""
+    attempts: int
+    """More than 1 where a worker was lost on the way."""
+    timings_ms: TimingsReply
+
+    @classmethod
+    def of(cls, picture: Drawn) -> DrawnReply:
+        """What a worker said of a picture."""
+        times = picture.timings
+        return cls(
+            index=picture.index,
+            seed=picture.seed,
+            solver=picture.solver,
+            schedule=picture.schedule,
+            steps=picture.steps,
+            guidance=picture.guidance,
+            width_px=picture.width_px,
+            height_px=picture.height_px,
+            model=picture.model,
+            plan_digest=picture.plan_digest,
+            approximations=dict(picture.approximations),
+            attempts=picture.attempts,
+            timings_ms=TimingsReply.of(times),
+        )

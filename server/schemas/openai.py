@@ -1,0 +1,111 @@
+"""Bodies of the OpenAI Images interface, with Darkroom's own fields beside the standard ones."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from server.messages import PictureFormat
+from server.schemas.base import Reply
+from server.schemas.draw import DrawBody, DrawnReply
+
+
+class GenerationBody(DrawBody):
+    """A request for pictures from a prompt."""
+
+    response_format: Annotated[Literal["b64_json", "url"] | None, Field(examples=["b64_json"])] = (
+        None
+    )
+    """`b64_json`, the default, puts the pictures into the reply; `url` links to them for a time."""
+    style: Literal["vivid", "natural"] | None = None
+    """Accepted without effect: say it in the prompt."""
+    stream: bool | None = None
+    """Answer with server-sent events instead of one reply."""
+    partial_images: Annotated[int | None, Field(ge=0, le=100, examples=[2])] = None
+    """With `stream`: at most so many previews of each picture, evenly spread over its steps."""
+
+
+class EditFields(GenerationBody):
+    """The fields, other than files, of a request to change a picture."""
+
+    strength: Annotated[float | None, Field(gt=0.0, le=1.0, examples=[0.6])] = None
+    """How far to go from the picture: 1 keeps nothing. By default what `input_fidelity` says."""
+    input_fidelity: Literal["high", "low"] | None = None
+    """`high` stands for a strength of 0.5; otherwise it is 0.8."""
+
+
+class ImageReply(Reply):
+    """One picture, by value or by link."""
+
+    b64_json: str | None = None
+    url: str | None = None
+    revised_prompt: str | None = None
+    """Always null: prompts are drawn as they are written."""
+    darkroom: DrawnReply
+
+
+class TokenDetails(Reply):
+    """Always zero: Darkroom does not count tokens."""
+
+    image_tokens: int = 0
+    text_tokens: int = 0
+
+
+class Usage(Reply):
+    """What the request cost. The unit of work here is a step of one UNet row, not a token: that
+    number stands in `output_tokens` and `total_tokens`, where billing tools look."""
+
+    input_tokens: int = 0
+    input_tokens_details: TokenDetails = TokenDetails()
+    output_tokens: int
+    total_tokens: int
+
+
+class ImagesReply(Reply):
+    """The pictures of one request, in order."""
+
+    created: int
+    background: Literal["opaque"] = "opaque"
+    output_format: PictureFormat
+    quality: str | None = None
+    size: str
+    usage: Usage
+    data: list[ImageReply]
+
+
+class ModelDetails(Reply):
+    """What a model can do."""
+
+    aliases: list[str]
+    family: str
+    native_px: int
+    size_multiple_px: int
+    min_px: int
+    max_px: int
+    guidance_default: float
+    solver_default: str
+    schedule_default: str
+    precision: str
+    backend: str
+    plan_digest: str
+    inpainting_only: bool
+    default: bool
+    """Whether requests that name no model get this one."""
+
+
+class ModelReply(Reply):
+    """A model, as OpenAI's clients list it."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["darkroom"] = "darkroom"
+    darkroom: ModelDetails
+
+
+class ModelList(Reply):
+    """All configured models, the default first."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelReply]

@@ -1,0 +1,154 @@
+"""A dispatcher that follows a script: the HTTP stack without an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from PIL import Image as Pillow
+
+from engine.errors import DarkroomError
+from engine.types import Timings
+from server.auth import KeyRing
+from server.config import ServeConfig
+from server.messages import (
+    Drawn,
+    Failed,
+    Load,
+    ModelInfo,
+    PictureEvent,
+    PictureTask,
+    Queued,
+    Readiness,
+    Started,
+    Stepped,
+)
+from server.metrics import GatewayMetrics
+from server.services import Services
+
+MODEL = ModelInfo(
+    id="tintype",
+    family="sd",
+    native_px=64,
+    size_multiple_px=8,
+    min_px=32,
+    max_px=128,
+    guidance_default=4.0,
+    guidable=True,
+    solver_default="dpmpp_2m",
+    schedule_default="trailing",
+    precision="fp32",
+    backend="onnxruntime",
+    plan_digest="d" * 64,
+    created_s=1_700_000_000,
+)
+TIMINGS = Timings(queue_s=0.001, encode_s=0.002, denoise_s=0.3, decode_s=0.04)
+
+
+def picture_file(format: str = "PNG", size: tuple[int, int] = (64, 64)) -> bytes:
+    buffer = io.BytesIO()
+    Pillow.new("RGB", size, (200, 40, 40)).save(buffer, format)
+    return buffer.getvalue()
+
+
+@dataclass
+class ScriptedDispatcher:
+    """Draws grey pictures; told otherwise, refuses, fails, or waits for ever.
+
+    Attributes:
+        tasks: everything that it was asked to draw.
+        closed: how many generators have been closed.
+    """
+
+    refusal: Exception | None = None
+    failures: dict[int, DarkroomError] = field(default_factory=dict)
+    hangs: bool = False
+    ready: Readiness = field(default_factory=lambda: Readiness(ready=True, workers=1))
+    pages: Sequence[tuple[str, bytes]] = ()
+    tasks: list[PictureTask] = field(default_factory=list)
+    started: asyncio.Event = field(default_factory=asyncio.Event)
+    closed: int = 0
+
+    def draw(self, tasks: Sequence[PictureTask]) -> AsyncGenerator[PictureEvent, None]:
+        return self._draw(tasks)
+
+    async def _draw(self, tasks: Sequence[PictureTask]) -> AsyncGenerator[PictureEvent, None]:
+        if self.refusal is not None:
+            raise self.refusal
+        self.tasks += tasks
+        try:
+            for task in tasks:
+                yield Queued(task.index, 1, 40)
+                self.started.set()
+            if self.hangs:
+                await asyncio.Event().wait()
+            for task in tasks:
+                async for event in self._one(task):
+                    yield event
+        finally:
+            self.closed += 1
+
+    async def _one(self, task: PictureTask) -> AsyncGenerator[PictureEvent, None]:
+        yield Started(task.index, "worker-0")
+        if task.index in self.failures:
+            yield Failed(task.index, self.failures[task.index])
+            return
+        request = task.request
+        for step in range(1, request.steps):
+            every = request.preview_every
+            if task.listening:
+                preview = picture_file(size=(8, 8)) if every and step % every == 0 else None
+                yield Stepped(task.index, step, request.steps, preview)
+        if request.image is not None:
+            height_px, width_px = request.image.shape[:2]
+        else:
+            width_px, height_px = request.width_px or 64, request.height_px or 64
+        assert request.seed is not None
+        yield Drawn(
+            index=task.index,
+            data=picture_file(task.output.format.upper(), (width_px, height_px)),
+            format=task.output.format,
+            width_px=width_px,
+            height_px=height_px,
+            seed=request.seed,
+            solver=request.solver or MODEL.solver_default,
+            schedule=request.schedule or MODEL.schedule_default,
+            steps=request.steps,
+            guidance=MODEL.guidance_default if request.guidance is None else request.guidance,
+            model=task.model,
+            plan_digest=MODEL.plan_digest,
+            worker="worker-0",
+            approximations={"precision": "int8"},
+            timings=TIMINGS,
+        )
+
+    async def models(self) -> Sequence[ModelInfo]:
+        return (MODEL,)
+
+    async def readiness(self) -> Readiness:
+        return self.ready
+
+    async def load(self) -> Load:
+        return Load()
+
+    async def metrics(self) -> Sequence[tuple[str, bytes]]:
+        return self.pages
+
+    async def close(self, timeout_s: float) -> None:
+        pass
+
+
+def services_of(
+    dispatcher: ScriptedDispatcher | None = None, config: ServeConfig | None = None, **more: Any
+) -> Services:
+    config = config or ServeConfig()
+    return Services(
+        config=config,
+        dispatcher=dispatcher or ScriptedDispatcher(),
+        keys=KeyRing.of(config),
+        metrics=GatewayMetrics(),
+        **{"jobs": cast(Any, None), **more},
+    )
