@@ -1,0 +1,291 @@
+"""One worker: an engine with the configured models, behind asyncio. Knows neither Ray nor HTTP.
+
+Three kinds of threads meet here. The event loop only passes news on; prompts and picture files are
+encoded in small pools; the step loop has a thread of its own and never waits for either.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from engine.engine import Engine, EngineConfig
+from engine.errors import (
+    ClosedError,
+    DarkroomError,
+    ExecutionError,
+    InvalidRequestError,
+    OverloadedError,
+)
+from engine.handle import Handle
+from engine.loop import LoopConfig, Tick
+from engine.ports import Clock, SystemClock
+from server.config import ServeConfig
+from server.content_check import load_check
+from server.drawing import Drawing, Workshop
+from server.mailbox import Mailbox
+from server.messages import Checkpointed, Drawn, Failed, ModelInfo, PictureTask, WorkerEvent
+from server.routing import Live, Rate, WorkerReport
+from server.settings import Settings
+from server.tickets import steps_of, width_of
+from server.worker_metrics import WorkerMetrics
+from server.worker_models import ModelHost, Progress, describe
+
+_log = logging.getLogger(__name__)
+
+_MAX_HELD = 4
+"""Tasks that a worker holds at most, in units of those that it draws at once; the rest wait."""
+
+
+class WorkerCore:
+    """Draws pictures for whoever is in the same process.
+
+    :meth:`open` and :meth:`close` take seconds and are to be called off the event loop;
+    :meth:`draw` belongs to one event loop.
+
+    Args:
+        name: in events, logs and metrics.
+        unix_s: the time that deadlines are given in.
+
+    Raises:
+        InvalidRequestError: the configured content check cannot be imported.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        settings: Settings,
+        *,
+        name: str = "worker-0",
+        clock: Clock | None = None,
+        unix_s: Callable[[], float] = time.time,
+    ) -> None:
+        self.name = name
+        self._config = config
+        self._host = ModelHost(config, settings)
+        self._infos: dict[str, ModelInfo] = {}
+        self._names: dict[str, str] = {}
+        self._metrics = WorkerMetrics()
+        self._drawings: dict[str, Drawing] = {}
+        self._idle = threading.Event()
+        self._idle.set()
+        self._places = asyncio.Semaphore(config.workers.max_live)
+        self._warm = False
+        self._closing = False
+        clock = clock or SystemClock()
+        self._engine = Engine(
+            device=config.workers.device,
+            config=EngineConfig(
+                limits=config.limits.engine_limits(),
+                # Twice, since what is cancelled leaves only before the next tick, and whoever
+                # takes its place must not be refused until then.
+                loop=LoopConfig(max_live=2 * config.workers.max_live),
+            ),
+            clock=clock,
+            on_tick=self._on_tick,
+        )
+        self._metrics.watch(
+            "darkroom_live_tasks", "Tasks in this worker.", lambda: len(self._drawings)
+        )
+        self._metrics.watch(
+            "darkroom_steps_left",
+            "Steps left of all tasks here, in UNet rows at native size.",
+            lambda: sum(live.steps_left for live in self.report().live),
+        )
+        # Two, so that a slow picture to encode does not hold up a prompt behind it.
+        self._encoders = ThreadPoolExecutor(2, thread_name_prefix="darkroom-encode")
+        self._writers = ThreadPoolExecutor(1, thread_name_prefix="darkroom-write")
+        self._shop = Workshop(
+            worker=name,
+            engine=self._engine,
+            writers=self._writers,
+            clock=clock,
+            snapshot_every_s=config.workers.snapshot_every_s,
+            unix_s=unix_s,
+            check=load_check(config.content.check),
+        )
+
+    # ------------------------------------------------------------------ life
+
+    def open(self, progress: Progress | None = None) -> None:
+        """Compile or open every configured model, load and warm it up. Blocks, maybe for minutes.
+
+        Raises:
+            DarkroomError: a model cannot be served; nothing is left open.
+        """
+        try:
+            self._engine.start()
+            for configured in self._config.models:
+                plan = self._host.plan(configured, progress)
+                self._infos[configured.id] = describe(configured, plan)
+                self._names[plan.digest] = configured.id
+                self._engine.load(self._host.open(plan), name=configured.id)
+                self._engine.warm_up(configured.id)
+        except BaseException:
+            self.close(0.0)
+            raise
+        self._warm = True
+
+    def stop_admitting(self) -> None:
+        """Refuse new tasks from now on; what runs goes on."""
+        self._closing = True
+
+    def close(self, timeout_s: float) -> None:
+        """Take nothing more, finish what runs, fail what is left after ``timeout_s`` seconds.
+
+        The event loop of :meth:`draw` must go on meanwhile: it is what takes finished pictures.
+        """
+        self.stop_admitting()
+        self._idle.wait(timeout_s)
+        self._engine.close(drain=False)
+        self._encoders.shutdown(cancel_futures=True)
+        self._writers.shutdown()
+        self._host.close()
+
+    # ------------------------------------------------------------------ what it has and does
+
+    @property
+    def models(self) -> Sequence[ModelInfo]:
+        """The configured models; the default first."""
+        return tuple(self._infos.values())
+
+    @property
+    def missing(self) -> Sequence[str]:
+        """Configured models that are not warm."""
+        return () if self._warm else tuple(model.id for model in self._config.models)
+
+    def report(self) -> WorkerReport:
+        """What the router needs to know of it."""
+        return WorkerReport(
+            id=self.name,
+            rates={name: self._rate(name) for name in self._engine.models},
+            models=tuple(self._infos.values()),
+            live=tuple(
+                Live(
+                    id=drawing.task.id,
+                    model=drawing.task.model,
+                    steps_left=drawing.steps_left,
+                    width=drawing.width,
+                )
+                for drawing in tuple(self._drawings.values())
+            ),
+        )
+
+    def _rate(self, name: str) -> Rate:
+        lane = self._engine.native_lane(name)
+        times = self._engine.times
+        rows = times.saturation_rows(lane)
+        return Rate(
+            steps_per_s=rows / times.tick_s(lane, rows),
+            saturation_steps=float(rows),
+            tick_s=times.tick_s(lane, min(2, rows)),
+        )
+
+    def metrics_text(self) -> bytes:
+        """Everything measured here, in Prometheus' text format."""
+        return self._metrics.text()
+
+    # ------------------------------------------------------------------ drawing
+
+    async def draw(self, task: PictureTask) -> AsyncGenerator[WorkerEvent, None]:
+        """Draw one picture; ends with ``Drawn`` or ``Failed``.
+
+        Closing the generator, or cancelling whoever waits for it, cancels the task before its next
+        step and frees its slot.
+        """
+        drawing: Drawing | None = None
+        handle: Handle | None = None
+        placed = False
+        try:
+            drawing = self._admit(task)
+            placed = await self._places.acquire()
+            handle = await self._enter(drawing)
+            event: WorkerEvent | None = None
+            while not isinstance(event, Drawn):
+                event = await drawing.next()
+                if isinstance(event, Checkpointed):
+                    self._metrics.snapshot(len(event.snapshot))
+                elif isinstance(event, Drawn):
+                    self._metrics.drawn(task.model, event)
+                yield event
+        except DarkroomError as error:
+            yield self._failed(task, error)
+        except Exception:
+            _log.exception("task %s failed unforeseen", task.id)
+            yield self._failed(task, ExecutionError("the worker failed; its log says why"))
+        finally:
+            if placed:
+                self._places.release()
+            if drawing is not None:
+                self._forget(drawing)
+            if handle is not None and not handle.done:
+                handle.cancel()
+
+    def _failed(self, task: PictureTask, error: DarkroomError) -> Failed:
+        # A model that is not configured is no label: anybody could make up any number of them.
+        self._metrics.failed(task.model if task.model in self._infos else "unknown", error)
+        return Failed(task.index, error)
+
+    def _on_tick(self, tick: Tick) -> None:
+        self._metrics.ticked(
+            self._names.get(tick.lane.plan_digest, "unknown"),
+            members=tick.members,
+            rows=tick.rows,
+            seconds=tick.total_s,
+            most=self._engine.times.saturation_rows(tick.lane),
+        )
+
+    def _admit(self, task: PictureTask) -> Drawing:
+        """Note a task as running.
+
+        Raises:
+            ClosedError, OverloadedError, InvalidRequestError: it is not for this worker now.
+        """
+        if self._closing:
+            raise ClosedError(f"{self.name} is closing and takes no more work")
+        if len(self._drawings) >= _MAX_HELD * self._config.workers.max_live:
+            raise OverloadedError(f"{self.name} holds {len(self._drawings)} tasks already")
+        if task.id in self._drawings:
+            raise InvalidRequestError(f"task {task.id} is running already", field="id")
+        if task.model not in self._infos:
+            allowed = ", ".join(self._infos) or "none is loaded"
+            raise InvalidRequestError(
+                f"unknown model {task.model!r}; allowed: {allowed}", field="model"
+            )
+        info = self._infos[task.model]
+        drawing = Drawing(
+            task,
+            self._shop,
+            steps=steps_of(task, info),
+            width=width_of(task, info),
+            mailbox=Mailbox(asyncio.get_running_loop()),
+        )
+        self._drawings[task.id] = drawing
+        self._idle.clear()
+        return drawing
+
+    def _forget(self, drawing: Drawing) -> None:
+        del self._drawings[drawing.task.id]
+        if not self._drawings:
+            self._idle.set()
+
+    async def _enter(self, drawing: Drawing) -> Handle:
+        """Encode the request off the event loop, and put it into the step loop.
+
+        Cancelled while it encodes, the request leaves the step loop as soon as it is in it.
+        """
+        entering = self._encoders.submit(drawing.enter)
+        try:
+            return await asyncio.wrap_future(entering)
+        except asyncio.CancelledError:
+            entering.add_done_callback(_cancel_entered)
+            raise
+
+
+def _cancel_entered(entering: Future[Handle]) -> None:
+    if not entering.cancelled() and entering.exception() is None:
+        entering.result().cancel()

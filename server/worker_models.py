@@ -1,0 +1,130 @@
+"""From the configuration to open models: folders, plans, runtimes, and what clients may know."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint import Checkpoint
+from engine.compile.manifest import PlanManifest
+from engine.compile.plan import MANIFEST, Plan, PlanStore
+from engine.errors import InvalidRequestError
+from engine.model import Model
+from engine.runtime import Runtime, open_runtime
+from engine.solvers import from_scheduler_config
+from server.config import ModelConfig, ServeConfig
+from server.messages import ModelInfo
+from server.settings import Settings
+
+Progress = Callable[[str, str, int, int], None]
+"""Told (model id, stage, done, total) while a plan is built."""
+
+
+def worker_threads(config: ServeConfig, settings: Settings) -> int:
+    """CPU threads of one worker's graphs: as configured, or its share of the cores."""
+    return config.workers.threads or max(1, settings.threads // config.workers.replicas)
+
+
+class ModelHost:
+    """Builds or opens the plans of configured models, on one runtime for each backend.
+
+    Safe from any thread; :meth:`close` closes the runtimes, after their models.
+    """
+
+    def __init__(self, config: ServeConfig, settings: Settings) -> None:
+        self._device = config.workers.device
+        self._threads = worker_threads(config, settings)
+        self._models_folder = settings.models
+        self._store = PlanStore(settings.plans)
+        self._runtimes: dict[str, Runtime] = {}
+        self._lock = threading.Lock()
+
+    def plan(self, model: ModelConfig, progress: Progress | None = None) -> Plan:
+        """The plan of a model, built where it is not there. A folder is read as it is now.
+
+        Raises:
+            InvalidRequestError: there is no such folder.
+            CheckpointError, UnsupportedError, PlanError: it cannot be compiled; says why.
+        """
+        folder = model.path or self._models_folder / model.id
+        if not (folder / "model_index.json").is_file():
+            raise InvalidRequestError(
+                f"models.{model.id}: {folder} is no model folder in Diffusers layout", field="model"
+            )
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if progress is not None:
+                progress(model.id, stage, done, total)
+
+        return self._store.build(
+            Checkpoint.open(folder),
+            backend=model.backend,
+            precision=model.precision,
+            progress=tell,
+        )
+
+    def open(self, plan: Plan) -> Model:
+        """Open every graph of a plan.
+
+        Raises:
+            PlanCorruptError, BackendUnavailableError: see :meth:`engine.runtime.Runtime.open`.
+        """
+        return Model.open(plan, self._runtime(plan.manifest.backend))
+
+    def close(self) -> None:
+        """Close the runtimes. Closing twice is harmless."""
+        with self._lock:
+            for runtime in self._runtimes.values():
+                runtime.close()
+            self._runtimes.clear()
+
+    def _runtime(self, backend: str) -> Runtime:
+        with self._lock:
+            if backend not in self._runtimes:
+                if backend != "torch":
+                    # Torch only gathers and scatters beside the graphs: threads of its own would
+                    # take the cores from theirs.
+                    torch.set_num_threads(1)
+                self._runtimes[backend] = open_runtime(
+                    backend, device=self._device, threads=self._threads
+                )
+            return self._runtimes[backend]
+
+
+def describe(model: ModelConfig, plan: Plan) -> ModelInfo:
+    """What clients and admission may know of a model."""
+    spec = plan.manifest.model
+    defaults = from_scheduler_config(spec.scheduler_config)
+    return ModelInfo(
+        id=model.id,
+        family=spec.family,
+        native_px=spec.latent.native_px,
+        size_multiple_px=spec.latent.size_multiple_px,
+        min_px=spec.latent.min_px,
+        max_px=spec.latent.max_px,
+        guidance_default=spec.guidance_default,
+        guidable=spec.guidance_embedding_size is None,
+        solver_default=defaults.solver,
+        schedule_default=defaults.schedule,
+        precision=plan.manifest.precision,
+        backend=plan.manifest.backend,
+        plan_digest=plan.digest,
+        created_s=int((plan.folder / MANIFEST).stat().st_mtime),
+        inpainting_only=spec.in_channels == 2 * spec.latent.channels + 1,
+    )
+
+
+def weights_bytes(plan: Plan) -> int:
+    """Bytes of a plan's graphs on disk: a floor for what the open model takes."""
+    return sum(_size_bytes(plan.folder / name) for name in _graph_files(plan.manifest))
+
+
+def _graph_files(manifest: PlanManifest) -> list[str]:
+    return [name for name in manifest.files if not name.endswith(".json")]
+
+
+def _size_bytes(path: Path) -> int:
+    return path.stat().st_size
