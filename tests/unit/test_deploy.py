@@ -1,0 +1,103 @@
+"""What is in deploy/ agrees with itself. What runs it for real is in the long tests."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+
+
+def _documents(path: Path) -> list[Any]:
+    return [document for document in yaml.safe_load_all(path.read_text()) if document]
+
+
+def _alerts() -> list[dict[str, Any]]:
+    groups = _documents(DEPLOY / "prometheus" / "rules" / "alerts.yml")[0]["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def test_every_alert_has_a_paragraph_and_every_paragraph_an_alert() -> None:
+    headings = re.findall(r"^## (\w+)$", (DEPLOY / "RUNBOOK.md").read_text(), re.MULTILINE)
+
+    assert headings == [alert["alert"] for alert in _alerts()]
+    for alert in _alerts():
+        assert alert["annotations"]["runbook"].endswith("#" + alert["alert"].lower())
+
+
+def test_every_alert_is_tested() -> None:
+    tests = _documents(DEPLOY / "prometheus" / "tests" / "alerts.yml")[0]["tests"]
+    tested = {
+        case["alertname"]
+        for test in tests
+        for case in test["alert_rule_test"]
+        if case["exp_alerts"]
+    }
+
+    assert tested == {alert["alert"] for alert in _alerts()}
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is Debian's prometheus")
+def test_the_rules_do_what_their_tests_say() -> None:
+    done = subprocess.run(
+        ["promtool", "test", "rules", DEPLOY / "prometheus" / "tests" / "alerts.yml"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_service_selects_the_pods_that_have_a_gateway() -> None:
+    base = DEPLOY / "kubernetes" / "base"
+    ray_service = _documents(base / "rayservice.yaml")[0]
+    service, budget = _documents(base / "service.yaml")
+    group = ray_service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["template"]
+    labels = group["metadata"]["labels"]
+    ports = {port["name"] for port in group["spec"]["containers"][0]["ports"]}
+
+    assert service["spec"]["selector"].items() <= labels.items()
+    assert budget["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    assert {port["targetPort"] for port in service["spec"]["ports"]} <= ports
+
+
+def test_every_mount_of_the_cluster_has_its_volume() -> None:
+    cluster = _documents(DEPLOY / "kubernetes" / "base" / "rayservice.yaml")[0]["spec"][
+        "rayClusterConfig"
+    ]
+    gpu = _documents(DEPLOY / "kubernetes" / "overlays" / "gpu" / "gpu-group.yaml")[0][0]["value"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"], gpu):
+        spec = group["template"]["spec"]
+        mounted = {mount["name"] for c in spec["containers"] for mount in c["volumeMounts"]}
+
+        assert mounted == {volume["name"] for volume in spec["volumes"]}
+
+
+def test_compose_publishes_on_loopback_only() -> None:
+    services = _documents(DEPLOY.parent / "docker-compose.yml")[0]["services"]
+
+    published = [port for service in services.values() for port in service.get("ports", ())]
+    assert published
+    assert all(port.startswith("127.0.0.1:") for port in published)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "compose/darkroom.yaml",
+        "compose/darkroom.gpu.yaml",
+        "kubernetes/base/darkroom.yaml",
+        "kubernetes/overlays/gpu/darkroom.yaml",
+    ],
+)
+def test_the_configurations_are_valid(path: str) -> None:
+    from server.config import read_config
+
+    assert not read_config(DEPLOY / path).http.loopback
