@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from server.config import ServeConfig, read_config
+
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 
 
@@ -88,16 +90,17 @@ def test_compose_publishes_on_loopback_only() -> None:
     assert all(port.startswith("127.0.0.1:") for port in published)
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "compose/darkroom.yaml",
-        "compose/darkroom.gpu.yaml",
-        "kubernetes/base/darkroom.yaml",
-        "kubernetes/overlays/gpu/darkroom.yaml",
-    ],
-)
-def test_the_configurations_are_valid(path: str) -> None:
-    from server.config import read_config
+@pytest.mark.parametrize("name", ["darkroom.yaml", "darkroom.gpu.yaml"])
+def test_the_configurations_of_compose_are_valid(name: str) -> None:
+    assert not read_config(DEPLOY / "compose" / name).http.loopback
 
-    assert not read_config(DEPLOY / path).http.loopback
+
+def test_the_configurations_of_the_cluster_are_valid() -> None:
+    kubernetes = DEPLOY / "kubernetes"
+    ray_service = _documents(kubernetes / "base" / "rayservice.yaml")[0]["spec"]
+    patch = _documents(kubernetes / "overlays" / "gpu" / "gpu-application.yaml")[0][0]
+    for text in (ray_service["serveConfigV2"], patch["value"]):
+        application = yaml.safe_load(text)["applications"][0]
+
+        assert application["import_path"] == "server.app:build"
+        assert not ServeConfig.model_validate(application["args"]).http.loopback

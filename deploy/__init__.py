@@ -1,0 +1,1 @@
+"""Everything around the server: images, compose, Prometheus, Grafana, Kubernetes."""

@@ -1,0 +1,1 @@
+"""The configuration and the smoke test of docker-compose.yml."""
