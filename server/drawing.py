@@ -143,6 +143,7 @@ class Drawing:
             on_event=self._on_event,
             on_start=lambda: self._mailbox.put(Begun()),
             snapshot=snapshot,
+            tenant=self.task.tenant,
         )
         handle.add_done_callback(self._on_end)
         return handle
@@ -150,7 +151,7 @@ class Drawing:
     # ------------------------------------------------------------------ on the engine's threads
 
     def _on_event(self, event: StepEvent) -> None:
-        self.steps_left = self._steps * (1.0 - event.step / event.steps)
+        self.steps_left = self._steps * (event.steps - event.step) / event.steps
         if self.task.listening:
             self._mailbox.put(event)
         self._since_snapshot_s += event.tick_s

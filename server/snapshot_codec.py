@@ -71,6 +71,7 @@ def encode_standing(standing: Standing) -> bytes:
             "generator": base64.b64encode(snapshot.generator_state).decode(),
             "plan": snapshot.plan_digest,
             "table": snapshot.table_digest,
+            "entered_at": snapshot.entered_at,
         }
     ).encode()
     body = b"".join([_PREFIX.pack(_MAGIC, VERSION, len(header)), header, *parts])
@@ -87,6 +88,7 @@ def decode_standing(data: bytes) -> Standing:
     try:
         slots, *latent = (int(size) for size in header["shape"])
         kept = [int(plane) for plane in header["planes"]]
+        entered_at = header["entered_at"]
         generator_state = base64.b64decode(header["generator"], validate=True)
         planes = len(kept) + bool(header["clean"])
         found = np.frombuffer(tensors, np.dtype("<f4")).reshape(planes, *latent)
@@ -105,6 +107,7 @@ def decode_standing(data: bytes) -> Standing:
                 generator_state=generator_state,
                 plan_digest=str(header["plan"]),
                 table_digest=str(header["table"]),
+                entered_at=None if entered_at is None else float(entered_at),
             ),
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
