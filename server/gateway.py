@@ -18,7 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from engine.png import VERSION
 from engine.ports import SystemClock
 from server import error_replies
-from server.api import docs, health, metrics_route, models, openai, playground
+from server.api import docs, health, metrics_route, models, openai, playground, sdapi
 from server.middleware.body_limit import BodyLimit
 from server.middleware.door import Door
 from server.middleware.request_id import RequestLayer
@@ -28,7 +28,7 @@ from server.rate_limit import RateLimiter
 from server.request_log import RequestLog
 from server.services import Services
 
-_MODULES = (openai, models, metrics_route, health, docs, playground)
+_MODULES = (openai, models, sdapi, metrics_route, health, docs, playground)
 _UPLOADS = ("/v1/images/edits", "/sdapi/")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import logging
 import time
@@ -56,6 +57,9 @@ class ImageStream:
                     pictures.append(event)
                 if (translated := self._translate(event)) is not None:
                     yield translated
+        except (GeneratorExit, asyncio.CancelledError):
+            self.record.failed("cancelled")  # the client went
+            raise
         except DarkroomError as error:
             yield self._error(error)
         except Exception as error:

@@ -35,7 +35,7 @@ class CacheBody(Body):
 class DrawBody(Body):
     """What every request for pictures may say."""
 
-    prompt: Annotated[str, Field(min_length=1, max_length=32_000, examples=["a red umbrella"])]
+    prompt: Annotated[str, Field(max_length=32_000, examples=["a red umbrella"])]
     """What to draw. The configured bound on its length is usually lower."""
     model: Annotated[str | None, Field(max_length=64, examples=["tintype"])] = None
     """A configured model's id or alias; by default the first."""

@@ -14,6 +14,9 @@ from server.schemas.draw import DrawBody, DrawnReply
 class GenerationBody(DrawBody):
     """A request for pictures from a prompt."""
 
+    prompt: Annotated[str, Field(min_length=1, max_length=32_000, examples=["a red umbrella"])]
+    """What to draw. The configured bound on its length is usually lower."""
+
     response_format: Annotated[Literal["b64_json", "url"] | None, Field(examples=["b64_json"])] = (
         None
     )

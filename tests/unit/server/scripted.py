@@ -60,16 +60,19 @@ class ScriptedDispatcher:
 
     Attributes:
         tasks: everything that it was asked to draw.
+        hangs_after: how many pictures it finishes before it waits for ever.
         closed: how many generators have been closed.
     """
 
     refusal: Exception | None = None
     failures: dict[int, DarkroomError] = field(default_factory=dict)
     hangs: bool = False
+    hangs_after: int | None = None
     ready: Readiness = field(default_factory=lambda: Readiness(ready=True, workers=1))
     pages: Sequence[tuple[str, bytes]] = ()
     tasks: list[PictureTask] = field(default_factory=list)
     started: asyncio.Event = field(default_factory=asyncio.Event)
+    hanging: asyncio.Event = field(default_factory=asyncio.Event)
     closed: int = 0
 
     def draw(self, tasks: Sequence[PictureTask]) -> AsyncGenerator[PictureEvent, None]:
@@ -86,6 +89,9 @@ class ScriptedDispatcher:
             if self.hangs:
                 await asyncio.Event().wait()
             for task in tasks:
+                if task.index == self.hangs_after:
+                    self.hanging.set()
+                    await asyncio.Event().wait()
                 async for event in self._one(task):
                     yield event
         finally:
