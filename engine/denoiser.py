@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engine.compile.plan import Plan
 from engine.errors import ExecutionError
+from engine.rows import RowLimits
 from engine.runtime.base import Graph, Runtime
 
 PREDICTION = "prediction"
@@ -35,6 +36,7 @@ class Denoiser:
 
     Attributes:
         segments: names of the plan's segments, in order.
+        limits: batches that it takes: those of its tightest graph, sizes that the runtime likes.
         external_inputs: one spec for each tensor that comes from outside, input taps included.
 
     Raises:
@@ -52,6 +54,8 @@ class Denoiser:
             raise
         specs = plan.manifest.unet
         self.segments = tuple(segment.name for segment in specs)
+        bounds = [graph.max_rows for graph in self._graphs if graph.max_rows is not None]
+        self.limits = RowLimits(min(bounds, default=None), runtime.row_sizes)
         made = {port.source for segment in specs for port in segment.outputs}
         outer = {p.source: p for s in specs for p in s.inputs if p.source not in made}
         self.external_inputs = tuple(outer.values())

@@ -6,36 +6,19 @@ else, so joining and leaving between two ticks is one copy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
 from engine.errors import OverloadedError
+from engine.rows import Rows
 from engine.trajectory import LaneKey, Trajectory, table_digest
 from engine.types import Snapshot, SnapshotGrade
 
 _FIRST_CAPACITY = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Inputs of one walk. Row order: every member's prompt row, then the negative rows.
-
-    Attributes:
-        sample: (rows, in_channels, height, width).
-        timesteps: (rows,) float32.
-        context: (rows, tokens, width).
-        added: further per-row inputs.
-        guided: (members,) positions of the members that have a negative row, in its order.
-    """
-
-    sample: torch.Tensor
-    timesteps: torch.Tensor
-    context: torch.Tensor
-    added: dict[str, torch.Tensor]
-    guided: torch.Tensor
+_FLOAT_BYTES = 4
 
 
 class Lane:
@@ -63,32 +46,30 @@ class Lane:
         """Memory of the slot arrays."""
         return sum(array.nbytes for array in self._arrays.values())
 
-    def join(self, trajectory: Trajectory) -> None:
-        """Give a trajectory a slot and copy its state in.
+    def join(self, trajectory: Trajectory, *, max_bytes: int | None = None) -> None:
+        """Give a trajectory a slot and copy its state in. One that raises leaves no trace.
+
+        Args:
+            max_bytes: what the lane's arrays may take afterwards; None for any amount.
 
         Raises:
-            OverloadedError: the lane is full.
+            OverloadedError: the lane is full, in slots or in bytes.
         """
-        if not self._free:
-            self._grow()
+        parts = self._parts(trajectory)
+        new = [name for name in parts if name not in self._arrays]
+        self._reserve({name: shape for name, (shape, _) in parts.items()}, max_bytes)
         slot = self._free.pop()
+        try:
+            for name, (shape, value) in parts.items():
+                target = self._array(name, shape)[slot]
+                target.zero_()
+                target[: len(value)] = value
+        except BaseException:
+            self._free.append(slot)
+            for name in new:
+                self._arrays.pop(name, None)
+            raise
         self.members[trajectory.id] = (slot, trajectory)
-        state = self._array("state", (self._planes, *self.key.latent_shape))
-        state[slot].zero_()
-        if trajectory.start.ndim == 4:
-            state[slot, :-1] = trajectory.start
-        else:
-            state[slot, 0] = trajectory.start
-        context = trajectory.conditioning.context
-        self._array("context", (2, *context.shape[1:]))[slot, : len(context)] = context
-        for name, value in trajectory.conditioning.added.items():
-            self._array(f"added.{name}", (2, *value.shape[1:]))[slot, : len(value)] = value
-        if trajectory.extra is not None:
-            self._array("extra", tuple(trajectory.extra.shape))[slot] = trajectory.extra
-        if trajectory.blend is not None:
-            blend = trajectory.blend
-            for name, part in (("mask", blend.mask), ("kept", blend.clean), ("noise", blend.noise)):
-                self._array(f"blend.{name}", tuple(part.shape))[slot] = part
 
     def leave(self, trajectory_id: str) -> None:
         """Free a member's slot."""
@@ -149,11 +130,12 @@ class Lane:
     def snapshot(self, trajectory: Trajectory, grade: SnapshotGrade) -> Snapshot:
         """Copy a member's state out, on the CPU."""
         slot, _ = self.members[trajectory.id]
-        state = self._arrays["state"][slot].to("cpu", copy=True)
-        clean = state[-1] if trajectory.row else None
         log_snr = float(trajectory.table.log_snr[trajectory.row])
         if grade is SnapshotGrade.STATE:
-            return Snapshot(grade, log_snr, state[0], clean)
+            x = self.latent(trajectory)
+            return Snapshot(grade, log_snr, x, self.clean(trajectory) if trajectory.row else None)
+        state = self._arrays["state"][slot].to("cpu", copy=True)
+        clean = state[-1] if trajectory.row else None
         return Snapshot(
             grade,
             log_snr,
@@ -164,6 +146,7 @@ class Lane:
             generator_state=trajectory.generator.get_state().numpy().tobytes(),
             plan_digest=self.key.plan_digest,
             table_digest=table_digest(trajectory.table),
+            entered_at=trajectory.entered_at,
         )
 
     def latent(self, trajectory: Trajectory) -> torch.Tensor:
@@ -196,10 +179,47 @@ class Lane:
             self._arrays[name] = torch.zeros(self._capacity, *shape, device=self._device)
         return self._arrays[name]
 
-    def _grow(self) -> None:
-        if self._capacity >= self._max_slots:
+    def _parts(self, trajectory: Trajectory) -> dict[str, tuple[tuple[int, ...], torch.Tensor]]:
+        """What a trajectory keeps here: shape of its slot, and what goes into the front of it."""
+        start, text = trajectory.start, trajectory.conditioning
+        parts = {
+            "state": (
+                (self._planes, *self.key.latent_shape),
+                start if start.ndim == 4 else start[None],
+            ),
+            "context": ((2, *text.context.shape[1:]), text.context),
+        }
+        for name, value in text.added.items():
+            parts[f"added.{name}"] = (2, *value.shape[1:]), value
+        whole = {"extra": trajectory.extra}
+        if (blend := trajectory.blend) is not None:
+            whole |= {
+                "blend.mask": blend.mask,
+                "blend.kept": blend.clean,
+                "blend.noise": blend.noise,
+            }
+        parts |= {
+            name: (tuple(value.shape), value) for name, value in whole.items() if value is not None
+        }
+        return parts
+
+    def _reserve(self, shapes: Mapping[str, tuple[int, ...]], max_bytes: int | None) -> None:
+        """Make sure that there is a free slot, and memory for arrays of ``shapes``."""
+        if not self._free and self._capacity >= self._max_slots:
             raise OverloadedError(f"the lane is full: {self._max_slots} live trajectories")
-        capacity = min(self._max_slots, max(_FIRST_CAPACITY, 2 * self._capacity))
+        known = {name: tuple(array.shape[1:]) for name, array in self._arrays.items()}
+        slot_bytes = _FLOAT_BYTES * sum(math.prod(shape) for shape in {**shapes, **known}.values())
+        affordable = self._max_slots if max_bytes is None else max(0, max_bytes) // slot_bytes
+        if affordable < (self._capacity if self._free else self._capacity + 1):
+            raise OverloadedError(
+                f"no memory is left for the state of one more trajectory: it needs"
+                f" {slot_bytes} bytes beside {len(self.members)} like it"
+            )
+        if not self._free:
+            wanted = max(_FIRST_CAPACITY, 2 * self._capacity)
+            self._grow(min(self._max_slots, affordable, wanted))
+
+    def _grow(self, capacity: int) -> None:
         for name, old in self._arrays.items():
             grown = torch.zeros(capacity, *old.shape[1:], device=self._device)
             grown[: self._capacity] = old

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import ParamSpec, Protocol
+from typing import ParamSpec
 
 import torch
 
@@ -27,26 +27,13 @@ from engine.errors import (
 )
 from engine.lane import Lane, combine_guidance
 from engine.ports import Clock, SystemClock
+from engine.rows import Walk, run_rows
 from engine.scheduler import Batch, Ready, TickPolicy
 from engine.trajectory import LaneKey, Trajectory
 from engine.types import Image, Snapshot, SnapshotGrade, StepEvent
 
 _log = logging.getLogger(__name__)
 _P = ParamSpec("_P")
-
-
-class Walk(Protocol):
-    """Runs a network once: what :class:`engine.denoiser.Denoiser` does."""
-
-    def __call__(
-        self,
-        sample: torch.Tensor,
-        timesteps: torch.Tensor,
-        context: torch.Tensor,
-        added: Mapping[str, torch.Tensor],
-    ) -> torch.Tensor:
-        """(rows, in_channels, h, w), (rows,), (rows, tokens, width) to (rows, channels, h, w)."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +53,14 @@ class LoopConfig:
 
     max_live: int = 256
     """Live trajectories over all lanes; one more is refused."""
+    max_resident_bytes: int = 2 * 2**30
+    """Memory of the live trajectories' state over all lanes; one that does not fit is refused."""
     solver_slots: int = 5
 
     def __post_init__(self) -> None:
-        if self.max_live < 1:
-            raise InvalidRequestError("max_live must be at least 1", field="max_live")
+        for name in ("max_live", "max_resident_bytes"):
+            if getattr(self, name) < 1:
+                raise InvalidRequestError(f"{name} must be at least 1", field=name)
 
 
 class StepLoop:
@@ -233,8 +223,13 @@ class StepLoop:
 
     def _denoise(self, lane: Lane, members: Sequence[Trajectory]) -> torch.Tensor:
         rows = lane.rows(members)
-        walk = self._walks[lane.key.plan_digest]
-        out = walk(rows.sample, rows.timesteps, rows.context, rows.added).float()
+        times = self._policy.times
+        out = run_rows(
+            self._walks[lane.key.plan_digest],
+            rows,
+            most=times.most_rows(lane.key),
+            on_out_of_memory=lambda rows: times.out_of_memory(lane.key, rows),
+        )
         scales = [member.guidance for member in members if member.guided[member.row]]
         return combine_guidance(out, rows.guided, torch.tensor(scales, device=out.device))
 
@@ -259,6 +254,8 @@ class StepLoop:
                 tick_s=now_s - began_s,
                 preview=self._preview_of(lane, member),
             )
+            if member.keep is not None and member.row in member.keep.rows:
+                _tell(member.keep.take, lane.snapshot(member, SnapshotGrade.STATE))
             _tell(member.listener.on_step, event)
             if member.steps_left == 0:
                 latent = lane.latent(member)
@@ -303,13 +300,18 @@ class StepLoop:
                 max_slots=self._config.max_live,
                 device=self._device,
             )
-            self._lanes[trajectory.lane] = lane
+        others = sum(other.resident_bytes for other in self._lanes.values() if other is not lane)
         try:
-            lane.join(trajectory)
+            lane.join(trajectory, max_bytes=self._config.max_resident_bytes - others)
         except Exception as error:  # its tensors do not fit: only this trajectory is lost
             self._known.discard(trajectory.id)
             _tell(trajectory.listener.on_error, _execution_error(error))
             return
+        if trajectory.lane not in self._lanes:
+            self._lanes[trajectory.lane] = lane
+            most = self._walks[trajectory.lane.plan_digest].limits.most
+            if most is not None:
+                self._policy.times.bound(trajectory.lane, most)
         self._live[trajectory.id] = trajectory
 
     def _leave(self, trajectory: Trajectory) -> None:

@@ -9,11 +9,14 @@ import json
 import os
 import platform
 import statistics
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from engine.errors import OutOfMemoryError
 from engine.ports import Clock
 from engine.scheduler import LaneId
 from engine.trajectory import LaneKey
@@ -24,6 +27,9 @@ CLOSE_TO_BEST = 0.95
 _MEMORY = 0.1
 """Weight of the newest tick in the running mean of a batch's time."""
 
+_RETRY_TICKS = 1000
+"""Ticks of a lane after which a batch that was out of memory is tried again."""
+
 
 class StepTimeTable:
     """Seconds of a tick by UNet rows, for every lane that was measured or has run.
@@ -32,28 +38,57 @@ class StepTimeTable:
     that was never seen costs ``default_tick_s``, and saturates at ``default_rows``.
     """
 
-    def __init__(self, *, default_tick_s: float = 0.1, default_rows: int = 8) -> None:
-        self._tables: dict[LaneId, dict[int, float]] = {}
-        self._saturation: dict[LaneId, int] = {}
+    def __init__(
+        self, *, default_tick_s: float = 0.1, default_rows: int = 8, max_lanes: int = 1024
+    ) -> None:
+        self._lanes: OrderedDict[LaneId, _Times] = OrderedDict()
         self._default_tick_s = default_tick_s
         self._default_rows = default_rows
+        self._max_lanes = max_lanes
 
     def set(self, lane: LaneId, seconds_by_rows: Mapping[int, float]) -> None:
         """Install a measured table."""
-        self._tables[lane] = dict(seconds_by_rows)
-        self._saturation[lane] = saturation_rows(seconds_by_rows)
+        times = self._known(lane)
+        times.seconds = dict(seconds_by_rows)
+        times.saturation = saturation_rows(seconds_by_rows)
 
     def get(self, lane: LaneId) -> dict[int, float]:
         """The table of a lane; empty when it was never seen."""
-        return dict(self._tables.get(lane, {}))
+        times = self._lanes.get(lane)
+        return {} if times is None else dict(times.seconds)
+
+    def bound(self, lane: LaneId, rows: int) -> None:
+        """Learn that the lane's graphs take no more than ``rows`` (1 or more) at once."""
+        self._known(lane).bound = max(1, rows)
+
+    def out_of_memory(self, lane: LaneId, rows: int) -> None:
+        """Learn that ``rows`` did not fit into memory: half as many from now on.
+
+        What filled the memory may go away, so after ``_RETRY_TICKS`` ticks twice as many are
+        tried again.
+        """
+        times = self._known(lane)
+        times.fitting = max(1, rows // 2)
+        times.ticks_to_retry = _RETRY_TICKS
+
+    def most_rows(self, lane: LaneId) -> int | None:
+        """What the lane's graphs and memory bear at once, as far as is known."""
+        times = self._lanes.get(lane)
+        known = () if times is None else (times.bound, times.fitting)
+        return min((rows for rows in known if rows is not None), default=None)
 
     def saturation_rows(self, lane: LaneId) -> int:
-        """B* in UNet rows."""
-        return self._saturation.get(lane, self._default_rows)
+        """B* in UNet rows, never above :meth:`most_rows`."""
+        times = self._lanes.get(lane)
+        measured = None if times is None else times.saturation
+        rows = self._default_rows if measured is None else measured
+        most = self.most_rows(lane)
+        return rows if most is None else min(rows, most)
 
     def tick_s(self, lane: LaneId, rows: int) -> float:
         """Expected seconds of a tick of ``rows`` rows."""
-        table = self._tables.get(lane)
+        times = self._lanes.get(lane)
+        table = None if times is None else times.seconds
         if not table:
             return self._default_tick_s
         if rows in table:
@@ -73,9 +108,42 @@ class StepTimeTable:
 
         B* stays as measured: live ticks see too few batch sizes to move it honestly.
         """
-        table = self._tables.setdefault(lane, {})
-        known = table.get(rows)
-        table[rows] = seconds if known is None else known + _MEMORY * (seconds - known)
+        times = self._known(lane)
+        known = times.seconds.get(rows)
+        times.seconds[rows] = seconds if known is None else known + _MEMORY * (seconds - known)
+        if times.fitting is not None:
+            times.ticks_to_retry -= 1
+            if times.ticks_to_retry <= 0:
+                times.fitting *= 2
+                times.ticks_to_retry = _RETRY_TICKS
+
+    def forget(self, plan_digest: str) -> None:
+        """Drop every lane of a plan that is not loaded any more."""
+        for lane in [lane for lane in self._lanes if _plan_of(lane) == plan_digest]:
+            del self._lanes[lane]
+
+    def _known(self, lane: LaneId) -> _Times:
+        """What is known of a lane; the one longest untouched is forgotten when there are many."""
+        if lane not in self._lanes and len(self._lanes) >= self._max_lanes:
+            self._lanes.popitem(last=False)
+        times = self._lanes.setdefault(lane, _Times())
+        self._lanes.move_to_end(lane)
+        return times
+
+
+@dataclass(slots=True)
+class _Times:
+    seconds: dict[int, float] = field(default_factory=dict)
+    saturation: int | None = None
+    bound: int | None = None
+    """Of the graphs."""
+    fitting: int | None = None
+    """Learned from running out of memory."""
+    ticks_to_retry: int = 0
+
+
+def _plan_of(lane: LaneId) -> str | None:
+    return lane.plan_digest if isinstance(lane, LaneKey) else None
 
 
 def saturation_rows(seconds_by_rows: Mapping[int, float]) -> int:
@@ -90,24 +158,36 @@ def measure(
     clock: Clock,
     *,
     rows: Iterable[int] = (1, 2, 4, 8, 16, 32),
+    most: int | None = None,
     repeats: int = 5,
     budget_s: float = 20.0,
 ) -> dict[int, float]:
     """Median seconds of ``tick(rows)`` for growing batches.
 
     Stops when a doubled batch brought less than 3 % of throughput, or the budget is spent: past
-    saturation there is nothing left to learn.
+    saturation there is nothing left to learn. Also above ``most``, and at a batch that does not
+    fit into memory.
+
+    Raises:
+        OutOfMemoryError: not even the smallest batch fits.
     """
     began_s = clock.now_s()
     table: dict[int, float] = {}
     best = 0.0
     for count in rows:
-        tick(count)  # warm-up: memory plans, kernels, caches
-        samples = []
-        for _ in range(repeats):
-            start_s = clock.now_s()
-            tick(count)
-            samples.append(clock.now_s() - start_s)
+        if most is not None and count > most:
+            break
+        try:
+            tick(count)  # warm-up: memory plans, kernels, caches
+            samples = []
+            for _ in range(repeats):
+                start_s = clock.now_s()
+                tick(count)
+                samples.append(clock.now_s() - start_s)
+        except OutOfMemoryError:
+            if not table:
+                raise
+            break
         table[count] = statistics.median(samples)
         rate = count / table[count]
         if rate < 1.03 * best or clock.now_s() - began_s > budget_s:

@@ -2,14 +2,19 @@
 
 Three rules, in this order:
 
-1. *Within a lane*, earliest effective deadline first. A request without a deadline gets one far
-   away (``patience_s`` after admission), so waiting makes it urgent and nothing starves. A
-   trajectory that can no longer make its deadline goes behind those that can: serving it first
-   would only make two of them late.
+1. *Within a lane*, earliest due time first. A request is due ``stretch`` times its own remaining
+   time after admission, ``patience_s`` at most: short and nearly finished ones overtake long ones,
+   but only until these have waited out their own stretch. So a request can be overtaken only by
+   what was admitted before it was due, and nothing starves. One whose deadline is near, and one
+   that has waited for ``patience_s``, goes before all that. One that can no longer make its
+   deadline goes behind those that can: serving it first would only make two of them late.
 2. *Between lanes*, the lane that has had the least device time goes next, unless another holds a
    trajectory that must run now to be in time.
 3. *A batch* holds at most the lane's saturation batch, in UNet rows: above it a larger batch adds
    latency and no throughput.
+
+``loadtests/simulate_mixed.py`` plays traces against this policy on a virtual clock and prints what
+the dials do.
 """
 
 from __future__ import annotations
@@ -21,6 +26,8 @@ from typing import Protocol
 from engine.errors import InvalidRequestError
 
 LaneId = Hashable
+
+_URGENT, _NORMAL, _HOPELESS = range(3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +54,25 @@ class Batch:
 
 
 class StepTimes(Protocol):
-    """Measured cost of a tick, by lane."""
+    """Measured cost of a tick, and how large one may be, by lane."""
 
     def saturation_rows(self, lane: LaneId) -> int:
-        """B*: the smallest batch, in UNet rows, that is close to the best throughput."""
+        """B*: the smallest batch, in UNet rows, that is close to the best throughput.
+
+        Never above :meth:`most_rows`.
+        """
+        ...
+
+    def most_rows(self, lane: LaneId) -> int | None:
+        """What the lane's graphs and memory bear at once; None where no bound is known."""
+        ...
+
+    def bound(self, lane: LaneId, rows: int) -> None:
+        """Learn that the lane's graphs take no more than ``rows`` at once."""
+        ...
+
+    def out_of_memory(self, lane: LaneId, rows: int) -> None:
+        """Learn that ``rows`` did not fit into memory."""
         ...
 
     def tick_s(self, lane: LaneId, rows: int) -> float:
@@ -62,15 +84,20 @@ class StepTimes(Protocol):
 class PolicyConfig:
     """Dials of :class:`TickPolicy`."""
 
+    stretch: float = 2.0
+    """When a request is due: so many times its own remaining time after admission.
+
+    0 is oldest first: the best p99. Larger values give a lower median for a longer tail; around 2
+    the median gains and the p95 is that of 0 (``loadtests/RESULTS.md``)."""
     patience_s: float = 60.0
-    """Effective deadline of a request that names none, counted from admission."""
+    """Waiting longer than this makes any request urgent."""
     priority_s: float = 15.0
-    """How much earlier one level of priority makes that effective deadline."""
+    """How much earlier one level of priority makes a request due, and urgent."""
     max_lag_s: float = 2.0
     """A lane that is behind the others by this much device time goes first, urgent or not."""
 
     def __post_init__(self) -> None:
-        for name in ("patience_s", "priority_s", "max_lag_s"):
+        for name in ("stretch", "patience_s", "priority_s", "max_lag_s"):
             if not getattr(self, name) >= 0:
                 raise InvalidRequestError(f"{name} must be 0 or more", field=name)
 
@@ -138,14 +165,19 @@ class TickPolicy:
                 break
         return Batch(lane, tuple(chosen), rows)
 
-    def _order(self, item: Ready, now_s: float) -> tuple[bool, float, float, str]:
-        hopeless = item.deadline_at_s is not None and self._slack_s(item, now_s) < 0.0
-        return hopeless, self._due_s(item), item.admitted_at_s, item.id
-
-    def _due_s(self, item: Ready) -> float:
-        patient_s = item.admitted_at_s + self.config.patience_s
-        due_s = patient_s if item.deadline_at_s is None else min(item.deadline_at_s, patient_s)
-        return due_s - item.priority * self.config.priority_s
+    def _order(self, item: Ready, now_s: float) -> tuple[int, float, float, str]:
+        earlier_s = item.priority * self.config.priority_s
+        urgent_s = item.admitted_at_s + self.config.patience_s
+        tier = _NORMAL if now_s < urgent_s - earlier_s else _URGENT
+        own_s = item.steps_left * self.times.tick_s(item.lane, item.rows)
+        due_s = min(item.admitted_at_s + self.config.stretch * own_s, urgent_s)
+        if item.deadline_at_s is not None:
+            slack_s = item.deadline_at_s - now_s - own_s
+            # Less slack than work: from now on it must be in every other tick at least.
+            tier = _HOPELESS if slack_s < 0.0 else _URGENT if slack_s < own_s else tier
+            urgent_s = min(urgent_s, item.deadline_at_s)
+        first_s = (urgent_s if tier == _URGENT else due_s) - earlier_s
+        return tier, first_s, item.admitted_at_s, item.id
 
     def _slack_s(self, item: Ready, now_s: float) -> float:
         """Seconds to spare if the trajectory runs in every tick from now on."""

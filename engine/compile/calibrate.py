@@ -23,6 +23,7 @@ from engine.compile.manifest import PlanManifest, SegmentSpec
 from engine.compile.plan import Plan
 from engine.compile.quantize_graph import GraphFile, Site
 from engine.compile.quantize_scales import FloatArray
+from engine.rows import RowLimits
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int, int], None]
@@ -106,18 +107,6 @@ def _draw(model: Any, drawing: Drawing, seen: list[Moment]) -> None:
     from engine.scheduler import TickPolicy
     from engine.types import GenerateRequest
 
-    def walk(
-        sample: torch.Tensor,
-        timesteps: torch.Tensor,
-        context: torch.Tensor,
-        added: Mapping[str, torch.Tensor],
-    ) -> torch.Tensor:
-        given = model.denoiser.inputs(sample, timesteps, context, added)
-        arrays = {name: tensor.cpu().numpy().copy() for name, tensor in given.items()}
-        seen.extend({n: a[i : i + 1] for n, a in arrays.items()} for i in range(len(sample)))
-        out: torch.Tensor = model.denoiser(sample, timesteps, context, added)
-        return out
-
     image, mask = _picture(model.spec.latent.native_px) if model.takes_mask else (None, None)
     request = GenerateRequest(
         prompt=drawing.prompt,
@@ -129,7 +118,7 @@ def _draw(model: Any, drawing: Drawing, seen: list[Moment]) -> None:
         strength=1.0,
     )
     resolved = resolve(request, model)
-    loop = StepLoop({model.digest: walk}, TickPolicy(StepTimeTable()))
+    loop = StepLoop({model.digest: _Recorder(model, seen)}, TickPolicy(StepTimeTable()))
     listener = _Listener()
     loop.submit(
         build(resolved, encode(resolved, model), model, request_id="drawing", listener=listener)
@@ -138,6 +127,28 @@ def _draw(model: Any, drawing: Drawing, seen: list[Moment]) -> None:
         pass
     if listener.error is not None:
         raise listener.error
+
+
+class _Recorder:
+    """A model's network that notes every row that it is given."""
+
+    def __init__(self, model: Any, seen: list[Moment]) -> None:
+        self._denoiser = model.denoiser
+        self._seen = seen
+        self.limits: RowLimits = model.denoiser.limits
+
+    def __call__(
+        self,
+        sample: torch.Tensor,
+        timesteps: torch.Tensor,
+        context: torch.Tensor,
+        added: Mapping[str, torch.Tensor],
+    ) -> torch.Tensor:
+        given = self._denoiser.inputs(sample, timesteps, context, added)
+        arrays = {name: tensor.cpu().numpy().copy() for name, tensor in given.items()}
+        self._seen.extend({n: a[i : i + 1] for n, a in arrays.items()} for i in range(len(sample)))
+        out: torch.Tensor = self._denoiser(sample, timesteps, context, added)
+        return out
 
 
 class _Listener:

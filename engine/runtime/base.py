@@ -7,17 +7,43 @@ every implementation.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from engine.errors import ExecutionError
+from engine.errors import ExecutionError, OutOfMemoryError
 
 if TYPE_CHECKING:
     import torch
 
     from engine.compile.manifest import PlanManifest, SegmentSpec
+
+
+COMMON_ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32)
+"""``Runtime.row_sizes`` of those that prepare for each: a third of a batch is padding at most."""
+
+_OUT_OF_MEMORY = re.compile(
+    r"out of (?:\w+ )?memory|not enough memory|can't allocate memory|bad.?alloc"
+    r"|failed to allocate|ALLOC_FAILED|smaller than requested bytes",
+    re.IGNORECASE,
+)
+
+
+def failure(segment: str, error: Exception) -> ExecutionError:
+    """A backend's exception as ours, naming the segment."""
+    message = f"{segment} failed: {error}"
+    return OutOfMemoryError(message) if isinstance(error, MemoryError) else execution_error(message)
+
+
+def execution_error(message: str) -> ExecutionError:
+    """Tell running out of memory apart, because a smaller batch may succeed.
+
+    Backends tell it only by their message.
+    """
+    kind = OutOfMemoryError if _OUT_OF_MEMORY.search(message) else ExecutionError
+    return kind(message)
 
 
 class Graph(ABC):
@@ -48,6 +74,11 @@ class Graph(ABC):
                     f" {tuple(tensor.shape)}; it takes {port.dtype} {port.shape}"
                 )
 
+    @property
+    def max_rows(self) -> int | None:
+        """Largest batch that the graph takes; None for any."""
+        return None
+
     def adapted(self, feeds: Mapping[str, torch.Tensor]) -> bool:
         """Whether ``feeds`` brings low-rank factors, so that the variant with them must run."""
         return not self._factors.isdisjoint(feeds)
@@ -69,6 +100,7 @@ class Graph(ABC):
         Raises:
             ExecutionError: an input does not fit the spec, or the backend failed; the message
                 names the segment.
+            OutOfMemoryError: the batch does not fit into the device's memory.
         """
 
     @abstractmethod
@@ -82,6 +114,8 @@ class Runtime(ABC):
     name: ClassVar[str]
     threads: int = 1
     """CPU threads of one graph; part of what a time measurement holds for."""
+    row_sizes: tuple[int, ...] = ()
+    """Batches to pad to, ascending, where every new one costs a compilation or a recording."""
 
     @property
     @abstractmethod

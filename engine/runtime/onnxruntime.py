@@ -15,7 +15,7 @@ from torch.utils.dlpack import from_dlpack
 
 from engine.compile.manifest import PlanManifest, SegmentSpec
 from engine.errors import BackendUnavailableError, ExecutionError, PlanCorruptError
-from engine.runtime.base import Graph, Runtime
+from engine.runtime.base import Graph, Runtime, failure
 
 _log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class OnnxGraph(Graph):
         try:
             return _run(session, self._runtime.device, self._outputs, feeds)
         except Exception as error:  # its exceptions share no base class
-            raise ExecutionError(f"{self.spec.name} failed: {error}") from error
+            raise failure(self.spec.name, error) from error
 
     def close(self) -> None:
         """Free the sessions."""

@@ -16,7 +16,7 @@ from engine.compile.tensorrt import DATA_TYPES
 from engine.compile.tensorrt_flavours import Library, load_library
 from engine.compile.tensorrt_profile import EngineTarget, ShapeRange, part_of
 from engine.errors import BackendUnavailableError, ExecutionError, PlanCorruptError
-from engine.runtime.base import Graph, Runtime
+from engine.runtime.base import COMMON_ROWS, Graph, Runtime, failure
 from engine.runtime.tensorrt_calls import (
     EngineTensor,
     bounds_of,
@@ -47,6 +47,7 @@ class TensorRtRuntime(Runtime):
         self.threads = threads
         self._cuda = Cuda(device)
         self._recordings = recordings
+        self.row_sizes = COMMON_ROWS if recordings else ()
         self._lock = threading.Lock()
         self._readers: dict[str, Any] = {}
         self._arenas: dict[str, Arena] = {}
@@ -125,7 +126,14 @@ class TensorRtGraph(Graph):
         self._lock = threading.Lock()
         self._closed = False
         self._adapters: Runs | None = None
-        self._plain: Runs | None = runtime.runs(library, folder / spec.file, spec, adapted=False)
+        plain = runtime.runs(library, folder / spec.file, spec, adapted=False)
+        self._plain: Runs | None = plain
+        self._max_rows = plain.bounds["batch"][1] if "batch" in plain.bounds else None
+
+    @property
+    def max_rows(self) -> int | None:
+        """Largest batch of the engine's profile."""
+        return self._max_rows
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run once; see :meth:`Graph.run`.
@@ -150,7 +158,7 @@ class TensorRtGraph(Graph):
         try:
             return runs.run(call, given)
         except RuntimeError as error:  # torch's and TensorRT's own, CUDA out of memory among them
-            raise ExecutionError(f"{self.spec.name} failed: {error}") from error
+            raise failure(self.spec.name, error) from error
 
     def close(self) -> None:
         """Free the engines."""

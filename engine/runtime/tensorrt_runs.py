@@ -23,6 +23,7 @@ from torch import Tensor
 
 from engine.compile.tensorrt_flavours import Library
 from engine.errors import ExecutionError
+from engine.runtime.base import execution_error
 from engine.runtime.tensorrt_calls import Bounds, Call, lay_out
 from engine.runtime.tensorrt_cuda import Cuda
 
@@ -246,7 +247,7 @@ class Runs:
             raise self._failure("no run")
 
     def _failure(self, what: str) -> ExecutionError:
-        return ExecutionError(f"{self._segment}: {what}: {self._library.errors()}")
+        return execution_error(f"{self._segment}: {what}: {self._library.errors()}")
 
 
 def _replay(recording: _Recording, call: Call, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:

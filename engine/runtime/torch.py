@@ -16,7 +16,7 @@ from engine.compile.build import CHECKPOINT, DTYPES
 from engine.compile.export import GraphSource, export_text_encoder, export_unet, export_vae
 from engine.compile.manifest import PlanManifest, SegmentSpec
 from engine.errors import BackendUnavailableError, CheckpointError, ExecutionError, PlanCorruptError
-from engine.runtime.base import Graph, Runtime
+from engine.runtime.base import COMMON_ROWS, Graph, Runtime, failure
 
 _MAX_CAPTURES = 16
 """CUDA graphs kept for one segment; each holds the memory of its inputs."""
@@ -58,6 +58,7 @@ class TorchRuntime(Runtime):
             torch.set_num_threads(threads)
         self._compile = compile
         self._cuda_graphs = cuda_graphs
+        self.row_sizes = COMMON_ROWS if compile or cuda_graphs else ()
         self._lock = threading.Lock()
         self._parts: dict[tuple[Path, str], dict[str, GraphSource]] = {}
 
@@ -128,8 +129,8 @@ class TorchGraph(Graph):
                 raise ExecutionError(f"{self.spec.name} is closed")
             try:
                 return self._function(feeds)
-            except (RuntimeError, ValueError, KeyError) as error:
-                raise ExecutionError(f"{self.spec.name} failed: {error}") from error
+            except (RuntimeError, ValueError, KeyError, MemoryError) as error:
+                raise failure(self.spec.name, error) from error
 
     def close(self) -> None:
         """Let go of the function."""

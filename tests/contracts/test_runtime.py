@@ -14,7 +14,13 @@ from engine.checkpoint import Checkpoint
 from engine.compile.export import GraphSource, export_text_encoder, export_unet, export_vae
 from engine.compile.manifest import SegmentSpec, TensorSpec, scale_of
 from engine.compile.plan import Plan, PlanStore
-from engine.errors import BackendUnavailableError, ExecutionError, UnsupportedError
+from engine.errors import (
+    BackendUnavailableError,
+    ExecutionError,
+    LimitExceededError,
+    OutOfMemoryError,
+    UnsupportedError,
+)
 from engine.runtime import RUNTIMES, Graph, Runtime, open_runtime
 
 Feeds = dict[str, torch.Tensor]
@@ -179,6 +185,18 @@ class RuntimeContract:
             graph.run({**feeds, "timestep": feeds["timestep"][:, None]})
         with pytest.raises(ExecutionError, match=r"down\.0"):
             graph.run({**feeds, "sample": feeds["sample"][:, :1]})
+        graph.run(feeds)  # and goes on
+
+    def test_a_batch_too_large_is_told_apart(self, graphs: dict[str, Graph]) -> None:
+        """Above the graph's bound, or else above the device's memory."""
+        graph = graphs["mid"]
+        feeds = random_feeds(graph.spec.inputs, batch=1)
+        rows = 2**34
+        error: type[Exception] = OutOfMemoryError
+        if graph.max_rows is not None:
+            rows, error = graph.max_rows + 1, LimitExceededError
+        with pytest.raises(error, match="mid"):
+            graph.run({name: t.expand(rows, *t.shape[1:]) for name, t in feeds.items()})
         graph.run(feeds)  # and goes on
 
     def test_closes_twice(self, plan: Plan, runtime: Runtime) -> None:

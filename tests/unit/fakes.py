@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from engine.errors import OutOfMemoryError
+from engine.rows import RowLimits
 from engine.solvers import NoiseSchedule, SolverTable, table
 from engine.trajectory import LaneKey, Trajectory, guided_rows
 from engine.types import Conditioning, Image, StepEvent
@@ -22,9 +24,19 @@ class FixedTimes:
     def __init__(self, rows: int = 8, seconds: float = 0.1) -> None:
         self.rows = rows
         self.seconds = seconds
+        self.most: int | None = None
 
     def saturation_rows(self, lane: object) -> int:
-        return self.rows
+        return self.rows if self.most is None else min(self.rows, self.most)
+
+    def most_rows(self, lane: object) -> int | None:
+        return self.most
+
+    def bound(self, lane: object, rows: int) -> None:
+        self.most = rows
+
+    def out_of_memory(self, lane: object, rows: int) -> None:
+        self.most = max(1, rows // 2)
 
     def tick_s(self, lane: object, rows: int) -> float:
         return self.seconds
@@ -34,9 +46,12 @@ class ClosedFormWalk:
     """An epsilon network that is nonlinear in x and depends on time and context.
 
     ``poison`` is a context value whose rows fail: ``raise`` or ``nan``, ``times`` times.
+    ``memory_rows`` is the largest batch that fits into its memory.
     """
 
-    def __init__(self, clock: FakeClock | None = None) -> None:
+    def __init__(self, clock: FakeClock | None = None, limits: RowLimits | None = None) -> None:
+        self.limits = limits or RowLimits()
+        self.memory_rows = 10**9
         self.batches: list[int] = []
         self.poison: dict[float, str] = {}
         self.times = 10**9
@@ -53,6 +68,8 @@ class ClosedFormWalk:
         if self.gate is not None:
             assert self.gate.wait(10.0)
         self.batches.append(len(sample))
+        if len(sample) > self.memory_rows:
+            raise OutOfMemoryError("the device's memory is full")
         if self.clock is not None:
             self.clock.tick(0.1)
         tag = context.mean(dim=(1, 2)).view(-1, 1, 1, 1)

@@ -19,6 +19,7 @@ from engine.errors import (
     OverloadedError,
 )
 from engine.loop import LoopConfig, StepLoop, Tick
+from engine.rows import RowLimits
 from engine.scheduler import TickPolicy
 from engine.solvers import SOLVERS
 from engine.trajectory import Blend, LaneKey, Trajectory, resume, table_digest
@@ -40,6 +41,7 @@ def make_loop(
     *,
     rows: int = 8,
     max_live: int = 64,
+    max_resident_bytes: int = 2**30,
     clock: FakeClock | None = None,
     on_tick: Callable[[Tick], None] | None = None,
 ) -> StepLoop:
@@ -47,7 +49,7 @@ def make_loop(
         {"plan": walk or ClosedFormWalk()},
         TickPolicy(FixedTimes(rows=rows)),
         clock=clock or FakeClock(),
-        config=LoopConfig(max_live=max_live),
+        config=LoopConfig(max_live=max_live, max_resident_bytes=max_resident_bytes),
         on_tick=on_tick,
     )
 
@@ -208,6 +210,70 @@ def test_a_tensor_that_does_not_fit_its_lane_fails_alone() -> None:
     finish(loop)
     assert isinstance(owner_of(bad).error, ExecutionError)
     assert owner_of(good).latent is not None
+
+
+def test_a_batch_that_is_out_of_memory_is_halved_and_the_next_ones_are_smaller() -> None:
+    walk = ClosedFormWalk()
+    walk.memory_rows = 4
+    loop = make_loop(walk, rows=8)
+    items = [trajectory(f"t{i}", seed=i, guidance=3.0) for i in range(4)]
+    for item in items:
+        loop.submit(item)
+    finish(loop)
+    assert walk.batches[:3] == [8, 4, 4]
+    assert max(walk.batches[3:]) == 4
+    for i, item in enumerate(items):
+        expected = alone(trajectory(f"x{i}", seed=i, guidance=3.0))
+        latent = owner_of(item).latent
+        assert latent is not None
+        assert torch.allclose(latent, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_lane_takes_no_larger_batches_than_its_graphs() -> None:
+    walk = ClosedFormWalk(limits=RowLimits(most=3))
+    loop = make_loop(walk, rows=8)
+    items = [trajectory(f"t{i}", seed=i) for i in range(8)]
+    for item in items:
+        loop.submit(item)
+    finish(loop)
+    assert max(walk.batches) == 3
+    assert all(owner_of(item).latent is not None for item in items)
+
+
+def test_a_guided_step_runs_also_where_graphs_take_a_single_row() -> None:
+    latent = alone(trajectory("t", guidance=3.0), ClosedFormWalk(limits=RowLimits(most=1)))
+    assert torch.allclose(latent, alone(trajectory("u", guidance=3.0)), rtol=1e-5, atol=1e-6)
+
+
+def test_resident_state_is_bounded_in_bytes_and_what_does_not_fit_is_refused_alone() -> None:
+    slot_bytes = 4 * ((5 + 1) * 4 * 6 * 5 + 2 * 3 * 2)  # planes of the state, and the context
+    loop = make_loop(max_resident_bytes=3 * slot_bytes + 1)
+    items = [trajectory(f"t{i}") for i in range(4)]
+    for item in items:
+        loop.submit(item)
+    loop.tick()
+    assert isinstance(owner_of(items[3]).error, OverloadedError)
+    finish(loop)
+    assert all(owner_of(item).latent is not None for item in items[:3])
+    loop.submit(trajectory("t3"))
+    finish(loop)
+    assert loop.live == 0
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_does_not_fit_its_lane_leaves_nothing_behind(first: bool) -> None:
+    loop, bad = make_loop(max_live=1), trajectory("bad")
+    bad.start = torch.zeros(4, 9, 9)
+    if not first:
+        loop.submit(trajectory("before"))
+        finish(loop)
+    loop.submit(bad)
+    finish(loop)
+    assert isinstance(owner_of(bad).error, ExecutionError)
+    after = trajectory("after")
+    loop.submit(after)
+    finish(loop)
+    assert owner_of(after).latent is not None
 
 
 @pytest.mark.parametrize("solver", sorted(set(SOLVERS) - {"lcm", "tcd"}))

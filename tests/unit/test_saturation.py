@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.errors import OutOfMemoryError
 from engine.saturation import StepTimeFile, StepTimeTable, lane_name, measure, saturation_rows
 from engine.trajectory import LaneKey
 from tests.fake_clock import FakeClock
@@ -52,6 +53,54 @@ def test_measuring_takes_medians_and_stops_past_saturation() -> None:
     table = measure(tick, clock, rows=(1, 2, 4, 8, 16), repeats=3)
     assert table == {rows: pytest.approx(0.01 * max(rows, 4)) for rows in (1, 2, 4, 8)}
     assert saturation_rows(table) == 4
+
+
+def test_a_batch_never_passes_what_the_graphs_take() -> None:
+    times = StepTimeTable(default_rows=8)
+    assert times.most_rows("lane") is None
+    times.bound("lane", 4)
+    assert times.most_rows("lane") == times.saturation_rows("lane") == 4
+    times.set("lane", {1: 0.1, 8: 0.1})
+    assert times.saturation_rows("lane") == 4
+    times.set("lane", {1: 0.1, 2: 0.2})
+    assert times.saturation_rows("lane") == 1
+
+
+def test_running_out_of_memory_halves_the_batch_for_a_while() -> None:
+    times = StepTimeTable()
+    times.set("lane", {1: 0.1, 8: 0.2, 16: 0.3})
+    times.out_of_memory("lane", 16)
+    times.out_of_memory("lane", 8)
+    assert times.saturation_rows("lane") == times.most_rows("lane") == 4
+    for _ in range(1000):
+        times.observe("lane", 4, 0.15)
+    assert times.most_rows("lane") == 8
+    times.out_of_memory("lane", 1)
+    assert times.most_rows("lane") == 1
+
+
+def test_the_lane_longest_unused_is_forgotten() -> None:
+    times = StepTimeTable(max_lanes=2)
+    for lane in ("a", "b"):
+        times.observe(lane, 1, 0.5)
+    times.observe("a", 1, 0.5)
+    times.observe("c", 1, 0.5)
+    assert times.get("b") == {}
+    assert times.get("a") == times.get("c") == {1: 0.5}
+
+
+def test_measuring_stops_at_the_graphs_bound_and_at_the_end_of_memory() -> None:
+    clock = FakeClock()
+
+    def tick(rows: int) -> None:
+        if rows > 4:
+            raise OutOfMemoryError("full")
+        clock.tick(0.01)
+
+    assert set(measure(tick, clock, most=2)) == {1, 2}
+    assert set(measure(tick, clock)) == {1, 2, 4}
+    with pytest.raises(OutOfMemoryError):
+        measure(tick, clock, rows=(8,))
 
 
 def test_measurements_are_kept_per_device_and_a_broken_file_is_none(tmp_path: Path) -> None:

@@ -52,8 +52,45 @@ def test_one_row_fills_the_gap_that_two_rows_leave() -> None:
 
 
 def test_the_nearest_deadline_goes_before_the_oldest() -> None:
-    items = [ready("old"), ready("due", admitted_at_s=5.0, deadline_at_s=9.0)]
+    items = [ready("old"), ready("due", admitted_at_s=5.0, deadline_at_s=6.5)]
     assert pick(TickPolicy(FixedTimes(rows=1)), items, now_s=5.0).ids == ("due",)
+
+
+def test_a_deadline_that_is_far_away_is_no_reason_to_overtake() -> None:
+    items = [ready("old"), ready("calm", admitted_at_s=5.0, deadline_at_s=50.0)]
+    assert pick(TickPolicy(FixedTimes(rows=1)), items, now_s=5.0).ids == ("old",)
+
+
+def test_short_and_nearly_finished_ones_overtake_until_the_long_one_is_due() -> None:
+    """A step takes 0.1 s: 50 steps are due 10 s after admission, 5 steps after 1 s."""
+    policy = TickPolicy(FixedTimes(rows=1, seconds=0.1), PolicyConfig(stretch=2.0))
+    long = ready("long", steps_left=50, admitted_at_s=0.0)
+    assert pick(policy, [long, ready("short", steps_left=5, admitted_at_s=8.9)]).ids == ("short",)
+    assert pick(policy, [long, ready("late", steps_left=5, admitted_at_s=9.1)]).ids == ("long",)
+
+
+def test_without_stretch_the_oldest_goes_first() -> None:
+    policy = TickPolicy(FixedTimes(rows=1), PolicyConfig(stretch=0.0))
+    items = [ready("old", steps_left=50), ready("new", steps_left=1, admitted_at_s=0.1)]
+    assert pick(policy, items, now_s=1.0).ids == ("old",)
+
+
+def test_no_request_is_due_later_than_patience() -> None:
+    policy = TickPolicy(FixedTimes(rows=1, seconds=1.0), PolicyConfig(patience_s=10.0))
+    long = ready("long", steps_left=1000)
+    assert pick(policy, [long, ready("short", steps_left=1, admitted_at_s=9.0)]).ids == ("long",)
+
+
+def test_a_flood_of_deadlines_cannot_hold_a_patient_request_back_for_ever() -> None:
+    policy = TickPolicy(FixedTimes(rows=1, seconds=0.1), PolicyConfig(patience_s=5.0))
+    served_at_s = []
+    for tick in range(100):
+        now_s = tick * 0.1
+        urgent = ready(f"u{tick}", steps_left=1, admitted_at_s=now_s, deadline_at_s=now_s + 0.15)
+        if pick(policy, [ready("plain", steps_left=100), urgent], now_s).ids == ("plain",):
+            served_at_s.append(now_s)
+    assert served_at_s
+    assert served_at_s[0] == pytest.approx(5.0, abs=0.2)
 
 
 def test_a_trajectory_that_cannot_be_in_time_goes_behind_those_that_can() -> None:
@@ -140,6 +177,39 @@ def test_everybody_finishes(items: list[tuple[int, int, float, int]]) -> None:
             if remaining > 1:
                 left[id_] = (rows, remaining - 1, age, priority)
     assert not left
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.integers(1, 50)), min_size=2, max_size=30),
+    st.floats(0, 5),
+    st.integers(1, 4),
+)
+def test_only_what_came_before_a_request_was_due_overtakes_it(
+    gaps: list[tuple[float, int]], stretch: float, rows: int
+) -> None:
+    times = FixedTimes(rows=rows, seconds=0.1)
+    policy = TickPolicy(times, PolicyConfig(stretch=stretch))
+    waiting: dict[str, Ready] = {}
+    coming, at_s = [], 0.0
+    for i, (gap_s, steps) in enumerate(gaps):
+        at_s += gap_s
+        coming.append(ready(f"t{i:02}", steps_left=steps, admitted_at_s=at_s))
+    due_s = {r.id: r.admitted_at_s + stretch * r.steps_left * times.seconds for r in coming}
+    admitted_s = {r.id: r.admitted_at_s for r in coming}
+    now_s = 0.0
+    while coming or waiting:
+        now_s = max(now_s, coming[0].admitted_at_s) if not waiting else now_s
+        while coming and coming[0].admitted_at_s <= now_s:
+            item = coming.pop(0)
+            waiting[item.id] = item
+        chosen = pick(policy, list(waiting.values()), now_s).ids
+        for left_out in waiting.keys() - set(chosen):
+            assert all(admitted_s[id_] <= due_s[left_out] + 1e-9 for id_ in chosen)
+        for id_ in chosen:
+            item = waiting.pop(id_)
+            if item.steps_left > 1:
+                waiting[id_] = replace(item, steps_left=item.steps_left - 1)
+        now_s += times.seconds
 
 
 def test_a_negative_dial_is_refused() -> None:

@@ -17,6 +17,7 @@ from engine.errors import (
     BackendUnavailableError,
     ExecutionError,
     LimitExceededError,
+    OutOfMemoryError,
     PlanCorruptError,
 )
 from engine.runtime.tensorrt import TensorRtRuntime
@@ -181,6 +182,18 @@ def test_a_failed_run_names_the_segment_and_the_reason(bench: Bench, recordings:
 
     with pytest.raises(ExecutionError, match="mid: no run: illegal memory"):
         bench.open(recordings).run(feeds_of())
+
+
+@both
+def test_running_out_of_memory_is_told_apart(bench: Bench, recordings: int) -> None:
+    bench.engines[b"plain"].failure = "Cuda Runtime (out of memory)"
+
+    with pytest.raises(OutOfMemoryError, match="mid: no run"):
+        bench.open(recordings).run(feeds_of())
+
+
+def test_the_largest_batch_is_that_of_the_profile(bench: Bench) -> None:
+    assert bench.open().max_rows == 8
 
 
 def test_inputs_elsewhere_are_refused(bench: Bench) -> None:
