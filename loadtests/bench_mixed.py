@@ -1,22 +1,17 @@
 """Mixed work: the step loop beside the same engine batching whole requests.
 
-    python -m loadtests.bench_mixed [--model tintype] [--requests 64] [--load 0.8]
+    python -m loadtests.bench_mixed [--model tintype] [--requests 64] [--loads 0.5 0.8 0.95]
 
-The same requests (4 to 50 steps, random solvers and guidance) arrive at the same random times at
-both. Request batching is the generous kind: mixed step counts and solvers share a batch, members
-leave when they are done; but nobody joins before the whole batch is finished, as in every server
-that schedules requests.
+The same requests arrive at the same times at every policy of ``loadtests.mixed``, one policy after
+the other, in this process. ``loadtests.simulate_mixed`` does the same on a virtual clock.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
-import statistics
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
@@ -24,126 +19,79 @@ from rich.table import Table
 from engine.engine import Engine
 from engine.model import Model
 from engine.runtime import open_runtime
-from engine.scheduler import Batch, PolicyConfig, Ready, StepTimes, TickPolicy
+from engine.scheduler import StepTimes, TickPolicy
 from engine.types import GenerateRequest
 from loadtests.common import conditions, open_plan, settings_with_threads
+from loadtests.mixed import COLUMNS, MEAN_ROWS, Arrival, Summary, arrivals, policies
 
 
-class WholeRequestPolicy(TickPolicy):
-    """Request-level batching: a batch runs to its end before the next one is formed."""
+def play(model: Model, trace: Sequence[Arrival], name: str) -> Summary:
+    """Play the trace under the policy ``name``; latencies from arrival to picture."""
 
-    def __init__(self, times: StepTimes) -> None:
-        super().__init__(times, PolicyConfig())
-        self._batch: set[str] = set()
+    def choose(times: StepTimes) -> TickPolicy:
+        return policies(times, trace)[name]
 
-    def pick(self, ready: Sequence[Ready], now_s: float) -> Batch | None:
-        """Go on with the batch while any of its members lives; else form the next."""
-        members = [item for item in ready if item.id in self._batch]
-        if members:
-            return Batch(
-                members[0].lane,
-                tuple(item.id for item in members),
-                sum(item.rows for item in members),
-            )
-        batch = super().pick(ready, now_s)
-        self._batch = set() if batch is None else set(batch.ids)
-        return batch
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """A request and when it comes, in seconds from the start."""
-
-    at_s: float
-    request: GenerateRequest
-
-
-def arrivals(count: int, rate_per_s: float, seed: int) -> list[Arrival]:
-    """Poisson arrivals of 4 to 50 steps."""
-    chance = random.Random(seed)
-    at_s = 0.0
-    made = []
-    for i in range(count):
-        at_s += chance.expovariate(rate_per_s)
-        request = GenerateRequest(
-            prompt=chance.choice(["cat", "red apple", "a rocket on a blue background"]),
-            steps=chance.randint(4, 50),
-            solver=chance.choice(["ddim", "euler", "dpmpp_2m", "unipc"]),
-            guidance=chance.choice([1.0, 4.0]),
-            seed=i,
-        )
-        made.append(Arrival(at_s, request))
-    return made
-
-
-def run(model: Model, trace: Sequence[Arrival], policy: type[TickPolicy]) -> dict[str, float]:
-    """Play the trace; latencies in seconds from arrival to picture."""
-    engine = Engine(policy=policy)
+    engine = Engine(policy=choose)
     engine.load(model)
     engine.warm_up()
     engine.start()
-    latencies: list[float] = []
+    engine.generate(GenerateRequest(prompt="cat", steps=2, seed=0))
+    lane = model.native_lane()
+    alone = {rows: engine.times.tick_s(lane, rows) for rows in (1, 2)}
+    latency_s: dict[str, float] = {}
     done = threading.Semaphore(0)
     began_s = time.monotonic()
     for arrival in trace:
         time.sleep(max(0.0, began_s + arrival.at_s - time.monotonic()))
-        due_s = began_s + arrival.at_s
 
-        def finished(_: object, due_s: float = due_s) -> None:
-            latencies.append(time.monotonic() - due_s)
+        def finished(_: object, arrival: Arrival = arrival) -> None:
+            latency_s[arrival.id] = time.monotonic() - began_s - arrival.at_s
             done.release()
 
-        engine.submit(arrival.request).add_done_callback(finished)
+        engine.submit(arrival.request, request_id=arrival.id).add_done_callback(finished)
     for _ in trace:
         done.acquire()
-    wall_s = time.monotonic() - began_s
     engine.close(close_models=False)
-    ordered = sorted(latencies)
-    return {
-        "pictures_per_s": len(trace) / wall_s,
-        "p50_s": statistics.median(ordered),
-        "p95_s": ordered[int(0.95 * (len(ordered) - 1))],
-    }
+    return Summary.of(trace, latency_s, alone)
 
 
 def main() -> None:
     """Print one table."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default="tintype")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--load", type=float, default=0.8, help="of the measured capacity")
+    parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.8, 0.95])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     options = parser.parse_args()
     settings = settings_with_threads(options.threads)
     runtime = open_runtime("onnxruntime", threads=options.threads)
-    model = Model.open(
-        open_plan(settings, options.model, "onnxruntime", options.precision), runtime
-    )
+    plan = open_plan(settings, options.model, "onnxruntime", options.precision)
+    model = Model.open(plan, runtime)
 
     engine = Engine()
     engine.load(model)
     engine.warm_up()
     rows_per_s = engine.rows_per_s(model.spec.name)
+    best = engine.times.saturation_rows(model.native_lane())
     engine.close(close_models=False)
-    mean_rows = statistics.mean(range(4, 51)) * 1.5  # half of the requests are guided
-    rate = options.load * rows_per_s / mean_rows
-    trace = arrivals(options.requests, rate, options.seed)
 
-    table = Table("scheduling", "pictures/s", "p50", "p95", title=conditions(options))
-    results = {}
-    for name, policy in (("steps", TickPolicy), ("whole requests", WholeRequestPolicy)):
-        result = results[name] = run(model, trace, policy)
-        table.add_row(
-            name,
-            f"{result['pictures_per_s']:.2f}",
-            f"{result['p50_s']:.2f} s",
-            f"{result['p95_s']:.2f} s",
-        )
-    Console().print(table)
-    ratio = results["steps"]["p95_s"] / results["whole requests"]["p95_s"]
-    Console().print(f"p95 of steps / whole requests: {ratio:.2f} (aim: at most 0.5)")
+    console = Console(width=120)
+    table = Table(*COLUMNS, title=f"{conditions(options)}; B* {best} rows, {rows_per_s:.0f} rows/s")
+    for load in options.loads:
+        traces = [
+            arrivals(options.requests, load * rows_per_s / MEAN_ROWS, seed)
+            for seed in options.seeds
+        ]
+        results = {
+            name: Summary.mean([play(model, trace, name) for trace in traces])
+            for name in policies(engine.times, [])
+        }
+        for name, summary in results.items():
+            table.add_row(f"{load:g}", name, *summary.cells(results["whole requests"]))
+        table.add_section()
+    console.print(table)
     model.close()
     runtime.close()
 
