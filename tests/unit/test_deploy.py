@@ -57,6 +57,15 @@ def test_the_rules_do_what_their_tests_say() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_dashboards_are_in_step_with_their_code() -> None:
+    from deploy.grafana.boards import BOARDS
+    from deploy.grafana.build import FOLDER, render
+
+    assert {path.stem for path in FOLDER.glob("*.json")} == {board.uid for board in BOARDS}
+    for board in BOARDS:
+        assert (FOLDER / f"{board.uid}.json").read_text() == render(board)
+
+
 def test_the_service_selects_the_pods_that_have_a_gateway() -> None:
     base = DEPLOY / "kubernetes" / "base"
     ray_service = _documents(base / "rayservice.yaml")[0]

@@ -1,0 +1,126 @@
+"""Ask a real Prometheus every panel of every dashboard, and draw them.
+
+    python -m deploy.grafana.check --prometheus http://127.0.0.1:9090 --minutes 10 --out out/panels
+
+Needs a Prometheus that has scraped a server under load. The exit status is 1 when an expression is
+refused, or gives nothing without a stated reason. PNGs are for people; what counts is the list.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from deploy.grafana.boards import BOARDS
+from deploy.grafana.panels import Board, Panel, Query
+
+STEP_S = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One line of a panel."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+
+
+def main() -> int:
+    """Check and draw; say what is empty."""
+    options = _options()
+    options.out.mkdir(parents=True, exist_ok=True)
+    empty = 0
+    for board in BOARDS:
+        for panel in (panel for row in board.rows for panel in row.panels):
+            series = ask(options.prometheus, panel, options.minutes * 60)
+            if not series:
+                reason = panel.may_be_empty
+                empty += reason is None
+                print(f"{'empty' if reason else 'EMPTY'}  {board.title} / {panel.title}: {reason}")
+                continue
+            draw(panel, series, options.out / f"{_slug(board, panel)}.png")
+            print(f"ok     {board.title} / {panel.title}: {len(series)} series")
+    print(f"{empty} panels are empty without a reason")
+    return 1 if empty else 0
+
+
+def ask(prometheus: str, panel: Panel, seconds: float) -> list[Series]:
+    """Every series of a panel that has a number in it.
+
+    Raises:
+        RuntimeError: Prometheus refuses an expression; the message has both.
+    """
+    return [series for query in panel.queries for series in _ask(prometheus, query, seconds)]
+
+
+def _ask(prometheus: str, query: Query, seconds: float) -> list[Series]:
+    ends_s = time.time()
+    asked = {"query": query.expr, "start": ends_s - seconds, "end": ends_s, "step": STEP_S}
+    url = f"{prometheus}/api/v1/query_range?{urllib.parse.urlencode(asked)}"
+    try:
+        with urllib.request.urlopen(url, timeout=30) as reply:
+            result = json.load(reply)["data"]["result"]
+    except urllib.error.HTTPError as error:
+        raise RuntimeError(f"{query.expr}: {error.read().decode()}") from error
+    found = [Series(_name(query, item["metric"]), _points(item["values"])) for item in result]
+    return [series for series in found if series.points]
+
+
+def draw(panel: Panel, series: Sequence[Series], path: Path) -> None:
+    """One panel as a PNG."""
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    start_s = min(line.points[0][0] for line in series)
+    for line in series:
+        axes.plot(
+            [at_s - start_s for at_s, _ in line.points],
+            [value for _, value in line.points],
+            label=line.name,
+            linewidth=1.2,
+        )
+    axes.set(title=panel.title, xlabel="seconds", ylabel=panel.unit)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    if len(series) <= 12:
+        axes.legend(fontsize="x-small")
+    figure.savefig(path, dpi=90)
+
+
+def _points(values: Sequence[Any]) -> list[tuple[float, float]]:
+    points = [(float(at_s), float(value)) for at_s, value in values]
+    return [(at_s, value) for at_s, value in points if math.isfinite(value)]
+
+
+def _name(query: Query, labels: dict[str, str]) -> str:
+    name = query.legend
+    for label, value in labels.items():
+        name = name.replace(f"{{{{{label}}}}}", value)
+    return name
+
+
+def _slug(board: Board, panel: Panel) -> str:
+    return f"{board.uid}-{panel.title}".lower().replace(" ", "-").replace("/", "-")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--prometheus", default="http://127.0.0.1:9090")
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--out", type=Path, default=Path("out/panels"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
