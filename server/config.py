@@ -111,6 +111,10 @@ class WorkersConfig(Section):
     max_live: Annotated[int, Field(ge=1)] = 256
     device: Literal["cpu", "cuda"] = "cpu"
 
+    def threads_of(self, cores: int) -> int:
+        """CPU threads of one worker on a machine with so many cores."""
+        return self.threads or max(1, cores // self.replicas)
+
     @model_validator(mode="after")
     def _ordered(self) -> WorkersConfig:
         if self.max_replicas is not None and self.max_replicas < self.replicas:
@@ -178,6 +182,23 @@ class ContentConfig(Section):
     """``package.module:callable`` of the operator's own check (:mod:`server.content_check`)."""
 
 
+class CacheConfig(Section):
+    """The noise cache: in each worker's memory, or shared by all of them in Redis."""
+
+    enabled: bool = True
+    default: Literal["off", "approximate"] = "off"
+    """What a request gets that names neither a seed nor ``cache``."""
+    max_bytes: Annotated[int, Field(gt=0)] = 256 << 20
+    """Of one tenant's states of one model; never exceeded."""
+    policy: Literal["lcbfu", "lru", "lfu", "fifo", "gdsf"] = "lcbfu"
+    half_life_s: Positive = 3600.0
+    """After so long without a use, a state's benefit counts half."""
+    budget_s: Positive = 0.05
+    """How long a request waits for the cache; what takes longer is a counted miss."""
+    share_between_tenants: bool = False
+    """Whoever shares states can be asked, by similar prompts, what others have drawn."""
+
+
 class LoggingConfig(Section):
     """Structured logs."""
 
@@ -199,6 +220,7 @@ class ServeConfig(Section):
     auth: AuthConfig = AuthConfig()
     jobs: JobsConfig = JobsConfig()
     redis: RedisConfig = RedisConfig()
+    cache: CacheConfig = CacheConfig()
     content: ContentConfig = ContentConfig()
     logging: LoggingConfig = LoggingConfig()
     drain_timeout_s: Positive = 30.0

@@ -1,0 +1,30 @@
+"""The noise cache of a configuration: in this worker's memory, or shared by all in Redis."""
+
+from __future__ import annotations
+
+from cache.connection import RedisSettings
+from cache.memory import MemoryNoiseCache
+from cache.policy import policy_named
+from cache.redis import RedisNoiseCache
+from engine.ports import NoiseCache
+from engine.reuse_noise import NoiseReuseConfig
+from server.config import ServeConfig
+
+
+def noise_cache(config: ServeConfig) -> NoiseCache | None:
+    """The cache that the configuration asks for; the caller closes it. Opens no connection yet."""
+    wanted = config.cache
+    if not wanted.enabled:
+        return None
+    policy = policy_named(wanted.policy, half_life_s=wanted.half_life_s)
+    if config.redis.url is None:
+        return MemoryNoiseCache(limit_bytes=wanted.max_bytes, policy=policy)
+    settings = RedisSettings(url=config.redis.url, timeout_s=wanted.budget_s)
+    return RedisNoiseCache(settings, limit_bytes=wanted.max_bytes, policy=policy)
+
+
+def reuse_config(config: ServeConfig) -> NoiseReuseConfig:
+    """How the engine uses it."""
+    return NoiseReuseConfig(
+        share_between_tenants=config.cache.share_between_tenants, budget_s=config.cache.budget_s
+    )
