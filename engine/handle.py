@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.errors import CancelledError
 from engine.types import Image, Picture, StepEvent, Timings
 
 
@@ -27,27 +28,35 @@ class Handle:
     """One request in flight. Also the :class:`~engine.trajectory.Listener` of its trajectory.
 
     Safe from any thread. News is bounded by the steps of the table.
+
+    Attributes:
+        encode_s: seconds that its prompt and pictures took to encode; final before the first step.
+        cache_s: seconds that it looked for a state in the noise cache; likewise.
     """
 
     def __init__(
         self,
         request_id: str,
         *,
-        encode_s: float,
+        encode_s: float = 0.0,
         finished: Finished,
         cancel: Callable[[str], None],
         on_event: Callable[[StepEvent], None] | None = None,
+        on_start: Callable[[], None] | None = None,
     ) -> None:
         self.id = request_id
         self._finished = finished
         self._cancel = cancel
         self._on_event = on_event
+        self._on_start = on_start
         self._future: Future[Picture] = Future()
         self._news: queue.SimpleQueue[StepEvent | None] = queue.SimpleQueue()
-        self._encode_s = encode_s
+        self.encode_s = encode_s
+        self.cache_s = 0.0
         self._queue_s = 0.0
         self._settling = threading.Lock()
         self._settled = False
+        self._cancelled = False
 
     # ------------------------------------------------------------------ for the owner
 
@@ -68,6 +77,7 @@ class Handle:
 
     def cancel(self) -> None:
         """Stop before the next step; ``result`` then raises ``CancelledError``."""
+        self._cancelled = True
         self._cancel(self.id)
 
     @property
@@ -84,6 +94,8 @@ class Handle:
     def on_first_tick(self, queued_s: float) -> None:
         """Note the time in the queue."""
         self._queue_s = queued_s
+        if self._on_start is not None:
+            self._on_start()
 
     def on_step(self, event: StepEvent) -> None:
         """Pass a step on."""
@@ -92,12 +104,16 @@ class Handle:
             self._on_event(event)
 
     def on_done(self, latent: torch.Tensor, denoise_s: float) -> None:
-        """Hand the latent to the decoder."""
+        """Hand the latent to the decoder, if anybody still wants the picture."""
+        if self._cancelled:
+            self.on_error(CancelledError("cancelled after the last step"))
+            return
 
         def on_image(image: Image, decode_s: float) -> None:
             timings = Timings(
                 queue_s=self._queue_s,
-                encode_s=self._encode_s,
+                encode_s=self.encode_s,
+                cache_s=self.cache_s,
                 denoise_s=denoise_s,
                 decode_s=decode_s,
             )

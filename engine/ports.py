@@ -248,3 +248,32 @@ class JumpTable:
         """Largest share of the steps that may be skipped at this similarity; 0 for none."""
         # A prompt is as similar to itself as float32 can tell: 0.9999999 must count as 1.
         return max((share for at, share in self.steps if similarity >= at - 1e-6), default=0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReuseProfile:
+    """How a model's pictures use the cache; ``darkroom cache calibrate`` measures one.
+
+    Attributes:
+        jumps: how far similarity lets a request jump.
+        kind: what is stored: ``NOISY`` or ``CLEAN``.
+        fractions: after which shares of the steps, ascending; 1.0 is the finished picture, which
+            makes sense for ``CLEAN`` only.
+
+    Raises:
+        InvalidRequestError: a kind or fractions that cannot be.
+    """
+
+    jumps: JumpTable = JumpTable()
+    kind: StateKind = StateKind.NOISY
+    fractions: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5)
+
+    def __post_init__(self) -> None:
+        if self.kind is StateKind.FINAL:
+            raise InvalidRequestError("a profile stores noisy or clean states", field="kind")
+        highest = 1.0 if self.kind is StateKind.CLEAN else 0.99
+        good = self.fractions and list(self.fractions) == sorted(set(self.fractions))
+        if not good or not all(0.0 < f <= highest for f in self.fractions):
+            raise InvalidRequestError(
+                f"fractions must ascend between 0 and {highest}", field="fractions"
+            )

@@ -7,15 +7,15 @@ Random numbers are drawn from the request's own CPU generator in the order of Di
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from engine.errors import InvalidRequestError
 from engine.model import Model
-from engine.solvers import TOP, SolverTable, Start, Strength
+from engine.solvers import TOP, Level, SolverTable, Start, Strength
 from engine.text import EncodedText, TextRequest
-from engine.trajectory import Blend, LaneKey, Listener, Trajectory, guided_rows
+from engine.trajectory import Blend, Keep, LaneKey, Listener, Trajectory, guided_rows
 from engine.types import GenerateRequest
 
 _SEED_BITS = 32  # what every other tool's seed field takes
@@ -34,6 +34,21 @@ class Resolved:
     table: SolverTable
 
 
+@dataclass(frozen=True, slots=True)
+class Reentry:
+    """A state of the noise cache that a trajectory starts from.
+
+    Attributes:
+        latent: (channels, height, width) float32.
+        log_snr: level at which it enters.
+        noisy: it is x itself; else a clean latent, to be brought to the level with fresh noise.
+    """
+
+    latent: torch.Tensor
+    log_snr: float
+    noisy: bool
+
+
 def resolve(request: GenerateRequest, model: Model) -> Resolved:
     """Fill in the checkpoint's defaults and build the solver table.
 
@@ -41,7 +56,7 @@ def resolve(request: GenerateRequest, model: Model) -> Resolved:
         InvalidRequestError, LimitExceededError, UnsupportedError: naming the field.
     """
     width_px, height_px = _size(request, model)
-    numbers = _table(request, model)
+    numbers = _table(request, model, _start(request))
     guidance = model.spec.guidance_default if request.guidance is None else request.guidance
     embeds_guidance = model.spec.guidance_embedding_size is not None
     return Resolved(
@@ -58,6 +73,12 @@ def resolve(request: GenerateRequest, model: Model) -> Resolved:
         ),
         table=numbers,
     )
+
+
+def enter_at(resolved: Resolved, model: Model, log_snr: float) -> Resolved:
+    """The same request with a table that begins at a level; guidance acts where it would have."""
+    rest = _table(resolved.request, model, Level(log_snr))
+    return replace(resolved, table=rest, guided=resolved.guided[-rest.evaluations :])
 
 
 def encode(resolved: Resolved, model: Model) -> EncodedText:
@@ -81,10 +102,17 @@ def build(
     request_id: str,
     listener: Listener,
     deadline_at_s: float | None = None,
+    reentry: Reentry | None = None,
+    keep: Keep | None = None,
 ) -> Trajectory:
-    """Draw the first latent, and put it all into a trajectory."""
+    """Draw the first latent, and put it all into a trajectory.
+
+    Args:
+        reentry: state of the noise cache to start from; ``resolved`` is then what
+            :func:`enter_at` made for its level.
+    """
     generator = torch.Generator("cpu").manual_seed(resolved.seed)
-    entry = _enter(resolved, model, generator)
+    entry = _enter(resolved, model, generator, reentry)
     shape = model.latent_shape(resolved.width_px, resolved.height_px)
     return Trajectory(
         id=request_id,
@@ -98,6 +126,8 @@ def build(
         listener=listener,
         extra=entry.extra,
         blend=entry.blend,
+        keep=keep,
+        entered_at=None if reentry is None else reentry.log_snr,
         preview_every=resolved.request.preview_every,
         preview=model.preview,
         priority=resolved.request.priority,
@@ -140,10 +170,10 @@ def _size(request: GenerateRequest, model: Model) -> tuple[int, int]:
     return width_px, height_px
 
 
-def _table(request: GenerateRequest, model: Model) -> SolverTable:
+def _table(request: GenerateRequest, model: Model, start: Start) -> SolverTable:
     return model.solver_defaults.table(
         request.steps,
-        _start(request),
+        start,
         solver=request.solver,
         schedule=request.schedule,
         eta=request.eta,
@@ -168,7 +198,9 @@ class _Entry:
     blend: Blend | None = None
 
 
-def _enter(resolved: Resolved, model: Model, generator: torch.Generator) -> _Entry:
+def _enter(
+    resolved: Resolved, model: Model, generator: torch.Generator, reentry: Reentry | None
+) -> _Entry:
     if resolved.request.mask is not None:
         return _enter_inpainting(resolved, model, generator)
     if model.takes_mask:
@@ -176,8 +208,13 @@ def _enter(resolved: Resolved, model: Model, generator: torch.Generator) -> _Ent
             f"{model.spec.name} is an inpainting model: it needs an image and a mask", field="mask"
         )
     if resolved.request.image is None:
+        # Drawn also where it is not used, so that stochastic solvers draw the same after it.
         noise = _noise(resolved, model, generator)
-        return _Entry(resolved.table.initial_scale * noise)
+        if reentry is None:
+            return _Entry(resolved.table.initial_scale * noise)
+        if reentry.noisy:
+            return _Entry(reentry.latent)
+        return _Entry(_renoised(resolved.table, reentry.latent, noise))
     clean = model.vae.encode(resolved.request.image, generator)
     return _Entry(_renoised(resolved.table, clean, _noise(resolved, model, generator)))
 

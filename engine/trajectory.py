@@ -62,6 +62,19 @@ class Blend:
     noise: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """States to copy out of a trajectory in passing, for the noise cache.
+
+    Attributes:
+        rows: numbers of rows done after which to copy.
+        take: gets a snapshot of grade ``STATE``, on the loop's thread: must return at once.
+    """
+
+    rows: frozenset[int]
+    take: Callable[[Snapshot], None]
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class Trajectory:
     """What the loop advances. The loop is the only writer once it is submitted.
@@ -72,6 +85,8 @@ class Trajectory:
         guided: per row of the table, whether guidance acts there.
         preview: turns a clean prediction (channels, height, width) into a small picture.
         extra: further input channels (9-channel inpainting UNets), (k, height, width).
+        keep: states to copy in passing.
+        entered_at: log-SNR at which it enters from the noise cache; its table begins there.
     """
 
     id: str
@@ -86,6 +101,8 @@ class Trajectory:
     row: int = 0
     extra: torch.Tensor | None = None
     blend: Blend | None = None
+    keep: Keep | None = None
+    entered_at: float | None = None
     preview_every: int = 0
     preview: Callable[[torch.Tensor], Image] | None = None
     priority: int = 0
@@ -133,7 +150,7 @@ def resume(trajectory: Trajectory, snapshot: Snapshot) -> Trajectory:
     """Put ``trajectory`` (built anew from the same request) where a full snapshot stands.
 
     Raises:
-        InvalidRequestError: the snapshot is of another grade, plan or table.
+        InvalidRequestError: the snapshot is of another grade, plan, table or size.
     """
     if snapshot.grade is not SnapshotGrade.FULL or snapshot.state is None:
         raise InvalidRequestError("only a full snapshot can be continued bit-equal")
@@ -141,6 +158,8 @@ def resume(trajectory: Trajectory, snapshot: Snapshot) -> Trajectory:
         raise InvalidRequestError("the snapshot was taken on another plan")
     if snapshot.table_digest != table_digest(trajectory.table):
         raise InvalidRequestError("the snapshot was taken under another solver table")
+    if tuple(snapshot.state.shape[1:]) != trajectory.lane.latent_shape:
+        raise InvalidRequestError("the snapshot is of another size")
     assert snapshot.row is not None
     assert snapshot.generator_state is not None
     trajectory.start = snapshot.state

@@ -223,6 +223,8 @@ class Snapshot:
         generator_state: bytes of the request's own torch CPU generator.
         plan_digest: the plan that it ran on.
         table_digest: digest of the solver table, so that a snapshot cannot go on with another.
+        entered_at: log-SNR at which the trajectory entered from the noise cache: its table begins
+            there. None for one that began as its request says.
     """
 
     grade: SnapshotGrade
@@ -235,6 +237,7 @@ class Snapshot:
     generator_state: bytes | None = None
     plan_digest: str | None = None
     table_digest: str | None = None
+    entered_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
