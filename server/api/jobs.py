@@ -1,0 +1,307 @@
+"""Jobs: pictures in the background, with events, webhooks and links."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Header, Path, Query, Request
+from fastapi.responses import Response
+
+from engine.errors import DarkroomError, InvalidRequestError
+from server.auth import Tenant, tenant_of
+from server.errors import body_of
+from server.jobs.records import FINAL, Job, JobEvent, JobPicture, JobSpec, WebhookTarget, pack
+from server.jobs.store import IdempotencyKey
+from server.orders import Order, model_named, order_of
+from server.replies import usage_of
+from server.request_log import record_of
+from server.schemas.base import ErrorDetail, responses
+from server.schemas.draw import DrawnReply
+from server.schemas.jobs import JobBody, JobList, JobPictureReply, JobReply
+from server.services import Services
+from server.sizes import text_of
+from server.sse import EventStream, ServerEvent
+
+JobId = Annotated[str, Path(pattern=r"^job-[0-9a-f]{32}$")]
+CallingTenant = Annotated[Tenant, Depends(tenant_of)]
+
+_PICTURE: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The picture",
+        "content": {f"image/{name}": {} for name in ("png", "jpeg", "webp")},
+    }
+}
+_EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": (
+            "`queued` with the position, `started`, `progress` for each step (with `preview_b64`"
+            " where it is the latest preview), `picture` for each finished one, `resumed` after the"
+            " loss of a gateway, and at last `done` with the job"
+        ),
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    },
+    204: {"description": "The job is done, and the client has heard of it: do not reconnect"},
+}
+
+
+def routes(services: Services) -> APIRouter:
+    """The routes of jobs and of the links to pictures."""
+    router = APIRouter(tags=["jobs"])
+    jobs = services.jobs
+
+    @router.post(
+        "/v1/jobs",
+        status_code=202,
+        response_model=JobReply,
+        summary="Draw pictures in the background",
+        responses=responses(400, 401, 403, 404, 408, 409, 413, 422, 429, 500, 503),
+    )
+    async def create_job(
+        body: JobBody,
+        request: Request,
+        response: Response,
+        tenant: CallingTenant,
+        idempotency_key: Annotated[
+            str | None, Header(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$")
+        ] = None,
+    ) -> JobReply:
+        """The same body as `/v1/images/generations`, and what only jobs have.
+
+        With an `Idempotency-Key`, the same key and body make one job, however often they are sent;
+        `Idempotency-Replayed: true` says that it was there. The same key with another body is 409.
+        """
+        if body.stream:
+            raise InvalidRequestError(
+                "a job is followed at /v1/jobs/{id}/events; stream does not apply", field="stream"
+            )
+        if body.webhook is not None:
+            jobs.check_webhook(body.webhook.url)
+        model = await model_named(services, body.model)
+        record = record_of(request.scope)
+        order = order_of(body, model, services, tenant, request_id=record.id)
+        record.asked(
+            tenant=tenant.id,
+            model=model.id,
+            prompt=body.prompt,
+            user=body.safety_identifier or body.user,
+        )
+        spec = _spec(body, order.with_previews(body.partial_images or 0), request, services)
+        key = None if idempotency_key is None else _key(idempotency_key, body)
+        job, replayed = await jobs.submit(spec, key)
+        response.headers["location"] = f"/v1/jobs/{job.spec.id}"
+        if replayed:
+            response.headers["idempotency-replayed"] = "true"
+        return await _reply(job, services)
+
+    @router.get(
+        "/v1/jobs",
+        response_model=JobList,
+        summary="List jobs",
+        responses=responses(400, 401, 404, 429, 500, 503),
+    )
+    async def list_jobs(
+        tenant: CallingTenant,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        after: Annotated[str | None, Query(pattern=r"^job-[0-9a-f]{32}$")] = None,
+    ) -> JobList:
+        """The key's tenant's own, the newest first; pictures are linked, never inline."""
+        found = await jobs.jobs(tenant.id, limit + 1, after)
+        replies = [await _reply(job, services, inline=False) for job in found[:limit]]
+        return JobList(data=replies, has_more=len(found) > limit)
+
+    @router.get(
+        "/v1/jobs/{id}",
+        response_model=JobReply,
+        summary="How far a job is",
+        responses=responses(400, 401, 404, 429, 500, 503),
+    )
+    async def get_job(id: JobId, tenant: CallingTenant) -> JobReply:
+        """With links to the pictures that are finished."""
+        return await _reply(await jobs.job(tenant.id, id), services)
+
+    @router.delete(
+        "/v1/jobs/{id}",
+        response_model=JobReply,
+        summary="Cancel or forget a job",
+        responses=responses(400, 401, 404, 429, 500, 503),
+    )
+    async def delete_job(id: JobId, tenant: CallingTenant) -> JobReply:
+        """Ends an unfinished job before its next step; its events say when it has ended.
+
+        Of a finished one, everything that is kept is deleted. The reply is the job as it was.
+        """
+        job = await jobs.cancel(tenant.id, id)
+        return await _reply(job, services, inline=False)
+
+    @router.get(
+        "/v1/jobs/{id}/images/{index}",
+        summary="A finished picture",
+        response_class=Response,
+        responses={**_PICTURE, **responses(400, 401, 404, 429, 500, 503)},
+    )
+    async def get_job_image(
+        id: JobId, index: Annotated[int, Path(ge=0, le=1000)], tenant: CallingTenant
+    ) -> Response:
+        """There as soon as it is drawn, also while others of the job are not."""
+        return _file(await jobs.picture(tenant.id, id, index))
+
+    @router.get(
+        "/v1/jobs/{id}/events",
+        summary="What happens to a job",
+        response_class=Response,
+        responses={**_EVENTS, **responses(400, 401, 404, 429, 500, 503)},
+    )
+    async def job_events(
+        id: JobId,
+        tenant: CallingTenant,
+        last_event_id: Annotated[str | None, Header(pattern=r"^[0-9]{1,12}$")] = None,
+    ) -> Response:
+        """Server-sent events from the beginning, or from after `Last-Event-ID`.
+
+        A client that closes the connection changes nothing about the job.
+        """
+        job = await jobs.job(tenant.id, id)
+        after = int(last_event_id or 0)
+        if job.state.final and after and not await jobs.store.events(id, after, limit=1):
+            return Response(status_code=204)
+        return EventStream(_events(job, after, services), retry_ms=1000)
+
+    @router.get(
+        "/v1/files/{id}/{name}",
+        summary="A picture by its link",
+        response_class=Response,
+        responses={**_PICTURE, **responses(400, 403, 404, 500, 503)},
+    )
+    async def get_file(
+        id: Annotated[str, Path(max_length=64)],
+        name: Annotated[str, Path(max_length=32)],
+        expires: Annotated[int, Query(ge=0, le=10**11)],
+        signature: Annotated[str, Query(max_length=64)],
+    ) -> Response:
+        """Links come in replies. They need no key, and work for a while."""
+        return _file(await jobs.links.open(id, name, expires, signature))
+
+    return router
+
+
+def base_url(request: Request, services: Services) -> str:
+    """What links begin with: what is configured, or what the client called."""
+    return (services.config.http.public_url or str(request.base_url)).rstrip("/")
+
+
+def _spec(body: JobBody, order: Order, request: Request, services: Services) -> JobSpec:
+    now_s = time.time()
+    first = order.tasks[0]
+    hook = body.webhook
+    return JobSpec(
+        id=f"job-{uuid.uuid4().hex}",
+        tenant=first.tenant,
+        created_at_s=now_s,
+        # Nobody waits at the other end: a job that names no deadline has as long as it is kept.
+        deadline_at_s=now_s + (body.deadline_s or services.config.jobs.ttl_s),
+        model=order.model.id,
+        request=pack(first.request),
+        seeds=tuple(task.request.seed or 0 for task in order.tasks),
+        output=first.output,
+        width_px=order.width_px,
+        height_px=order.height_px,
+        rows=order.rows,
+        base_url=base_url(request, services),
+        inline=body.response_format == "b64_json",
+        webhook=None if hook is None else WebhookTarget(url=hook.url, secret=hook.secret),
+    )
+
+
+def _key(name: str, body: JobBody) -> IdempotencyKey:
+    """Bodies are the same when they say the same, however they are written."""
+    said = json.dumps(body.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+    return IdempotencyKey(name, hashlib.sha256(said.encode()).hexdigest())
+
+
+async def _reply(job: Job, services: Services, *, inline: bool | None = None) -> JobReply:
+    spec, state = job.spec, job.state
+    inline = spec.inline if inline is None else inline
+    finished_at_s = state.finished_at_s
+    ttl_s = services.config.jobs.ttl_s
+    return JobReply(
+        id=spec.id,
+        status=state.status,
+        cancelling=job.cancelling and not state.final,
+        created_at=int(spec.created_at_s),
+        started_at=None if state.started_at_s is None else int(state.started_at_s),
+        finished_at=None if finished_at_s is None else int(finished_at_s),
+        expires_at=None if finished_at_s is None else int(finished_at_s + ttl_s),
+        model=spec.model,
+        n=len(spec.seeds),
+        size=text_of((spec.width_px, spec.height_px)),
+        output_format=spec.output.format,
+        usage=usage_of(spec.rows),
+        attempts=state.attempts,
+        data=[
+            await _picture(job, index, services, inline=inline) for index in sorted(state.done())
+        ],
+        error=None if state.error is None else ErrorDetail.model_validate(state.error),
+    )
+
+
+async def _picture(job: Job, index: int, services: Services, *, inline: bool) -> JobPictureReply:
+    spec = job.spec
+    encoded: str | None = None
+    if inline:
+        picture = await services.jobs.picture(spec.tenant, spec.id, index)
+        encoded = base64.b64encode(picture.data).decode()
+    path = await services.jobs.links.path(spec.id, index, spec.output.format)
+    return JobPictureReply(
+        index=index,
+        url=spec.base_url + path,
+        b64_json=encoded,
+        darkroom=DrawnReply.model_validate(job.state.pictures[str(index)]),
+    )
+
+
+async def _events(job: Job, after: int, services: Services) -> AsyncGenerator[ServerEvent, None]:
+    """Every event of a job, and an error as the last where the store stays away."""
+    try:
+        async with aclosing(services.jobs.follow(job.spec.id, after)) as pieces:
+            async for piece in pieces:
+                latest = {event.data.get("index"): event for event in piece}
+                for event in piece:
+                    newest = latest[event.data.get("index")] is event
+                    yield await _event(job, event, services, newest=newest)
+    except DarkroomError as error:
+        yield ServerEvent(event="error", data=body_of(error))
+
+
+async def _event(job: Job, event: JobEvent, services: Services, *, newest: bool) -> ServerEvent:
+    data: dict[str, Any] = dict(event.data)
+    name = event.name
+    if name in FINAL:
+        name = "done"
+        ended = await services.jobs.job(job.spec.tenant, job.spec.id)
+        data = (await _reply(ended, services, inline=False)).model_dump()
+    elif name == "picture":
+        path = await services.jobs.links.path(job.spec.id, data["index"], job.spec.output.format)
+        data = {"index": data["index"], "url": job.spec.base_url + path, "darkroom": data}
+    elif name == "progress" and data.pop("preview") and newest:
+        preview = await services.jobs.store.preview(job.spec.id, data["index"])
+        if preview is not None and preview.step == data["step"]:
+            data["preview_b64"] = base64.b64encode(preview.data).decode()
+    return ServerEvent(event=name, data=data, id=str(event.number))
+
+
+def _file(picture: JobPicture) -> Response:
+    return Response(
+        picture.data,
+        media_type=f"image/{picture.format}",
+        headers={
+            "cache-control": "private, max-age=3600, immutable",
+            "content-disposition": f'inline; filename="{picture.index}.{picture.format}"',
+        },
+    )
