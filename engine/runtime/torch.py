@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
@@ -29,7 +30,8 @@ class TorchRuntime(Runtime):
 
     Args:
         device: any device of torch.
-        threads: of the whole process, on CPU; None leaves them alone.
+        threads: of the whole process, on CPU; None leaves them alone. With more than one, graphs
+            run on a thread of the runtime's own, one at a time: see :class:`_Crew`.
         compile: compile each segment with inductor for each shape (a minute or more each).
         cuda_graphs: record each segment for each shape, and replay the recording.
 
@@ -56,6 +58,8 @@ class TorchRuntime(Runtime):
             raise BackendUnavailableError(f"CUDA graphs need a CUDA device, not {device}")
         if threads is not None and self._device.type == "cpu":
             torch.set_num_threads(threads)
+        self.threads = torch.get_num_threads() if self._device.type == "cpu" else 1
+        self._crew = _Crew(self.threads) if self.threads > 1 else None
         self._compile = compile
         self._cuda_graphs = cuda_graphs
         self.row_sizes = COMMON_ROWS if compile or cuda_graphs else ()
@@ -84,12 +88,14 @@ class TorchRuntime(Runtime):
             function = torch.compile(module, dynamic=False, mode="max-autotune-no-cudagraphs")
         if self._cuda_graphs:
             function = _Recorded(function)
-        return TorchGraph(segment, function)
+        return TorchGraph(segment, function if self._crew is None else self._crew.hand(function))
 
     def close(self) -> None:
-        """Let go of the modules."""
+        """Let go of the modules, and of the thread."""
         with self._lock:
             self._parts.clear()
+        if self._crew is not None:
+            self._crew.close()
 
     def _load(self, folder: Path, part: str, manifest: PlanManifest) -> list[GraphSource]:
         dtype = DTYPES[manifest.precision]
@@ -112,6 +118,40 @@ class TorchRuntime(Runtime):
         return sources
 
 
+class _Crew:
+    """One thread that runs every graph, so that the process has one team of OpenMP threads.
+
+    OpenMP keeps a team for each thread that ever ran a parallel loop. With two such threads (the
+    step loop, and whoever encodes prompts) two teams of N share N cores; they then sleep instead
+    of spin between loops, and a small UNet has thousands of these.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._pool = ThreadPoolExecutor(
+            max_workers=1,
+            thread_name_prefix="darkroom-torch",
+            initializer=torch.set_num_threads,
+            initargs=(threads,),
+        )
+
+    def hand(self, function: _Function) -> _Function:
+        """``function``, run on the crew's thread."""
+
+        def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return self._pool.submit(_without_gradients, function, feeds).result()
+
+        return run
+
+    def close(self) -> None:
+        """Wait for what runs, and end the thread. Closing twice is harmless."""
+        self._pool.shutdown()
+
+
+def _without_gradients(function: _Function, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    with torch.no_grad():  # holds for the thread that it is entered on
+        return function(feeds)
+
+
 class TorchGraph(Graph):
     """One segment as a torch function."""
 
@@ -124,11 +164,11 @@ class TorchGraph(Graph):
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run once; see :meth:`Graph.run`."""
         self.check(feeds)
-        with self._lock, torch.no_grad():
+        with self._lock:
             if self._function is None:
                 raise ExecutionError(f"{self.spec.name} is closed")
             try:
-                return self._function(feeds)
+                return _without_gradients(self._function, feeds)
             except (RuntimeError, ValueError, KeyError, MemoryError) as error:
                 raise failure(self.spec.name, error) from error
 
