@@ -18,17 +18,17 @@ from starlette.middleware.cors import CORSMiddleware
 from engine.png import VERSION
 from engine.ports import SystemClock
 from server import error_replies
-from server.api import docs, health, metrics_route, models, openai, playground, sdapi
+from server.api import admin, docs, health, jobs, metrics_route, models, openai, playground, sdapi
 from server.middleware.body_limit import BodyLimit
 from server.middleware.door import Door
 from server.middleware.request_id import RequestLayer
 from server.middleware.security_headers import SecurityHeaders
-from server.openapi import TAGS
+from server.openapi import DESCRIPTION, TAGS, DescribedApp, operation_id
 from server.rate_limit import RateLimiter
 from server.request_log import RequestLog
 from server.services import Services
 
-_MODULES = (openai, models, sdapi, metrics_route, health, docs, playground)
+_MODULES = (openai, jobs, models, sdapi, admin, metrics_route, health, docs, playground)
 _UPLOADS = ("/v1/images/edits", "/sdapi/")
 
 
@@ -37,14 +37,16 @@ def create_app(services: Services) -> FastAPI:
 
     ``/openapi.json`` describes it and ``/docs`` shows that.
     """
-    app = FastAPI(
+    app = DescribedApp(
         title="Darkroom",
         summary="An inference server for diffusion models, scheduled by the denoising step.",
+        description=DESCRIPTION,
         version=VERSION.rpartition(" ")[2],
         openapi_tags=TAGS,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        generate_unique_id_function=operation_id,
         # Its log records hold whole bodies of requests that fail validation: prompts.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )

@@ -4,8 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+
+from server.schemas.base import MEANING
 from server.schemas.openai import EditFields
 
+DESCRIPTION = """\
+Every error has one shape, `{"error": {"type", "code", "message", "param"}}`, and every reply an
+`X-Request-Id`: your own where you send one of up to 64 letters, digits, `.`, `_`, `:` or `-`.
+
+Where keys are configured, send yours as `Authorization: Bearer <key>` or `X-Api-Key: <key>`.
+
+A minor release may add routes, fields that may be left out, fields of replies, events and error
+codes. It does not remove or rename any of these, change what a field means, or refuse what was
+taken before; that takes a major release, and a release with a warning before it.
+"""
 TAGS = [
     {"name": "images", "description": "OpenAI's Images interface: one request, its pictures."},
     {"name": "jobs", "description": "Pictures in the background, with events and webhooks."},
@@ -15,7 +29,52 @@ TAGS = [
     {"name": "health", "description": "For orchestrators and load balancers."},
 ]
 
+_METHODS = ("get", "post", "put", "patch", "delete")
+# The layers around the routes may give these on every path.
+_LAYERS = (400, 408, 413, 429, 500)
+_SECURITY = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "key": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
+}
 _FILE = {"type": "string", "contentMediaType": "application/octet-stream"}
+
+
+def operation_id(route: APIRoute) -> str:
+    """A short name for generated clients: that of the function behind the route."""
+    return route.name.replace("-", "_")
+
+
+class DescribedApp(FastAPI):
+    """An application whose document also says what the layers around its routes do."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The document, made when it is first asked for."""
+        if self.openapi_schema is None:
+            self.openapi_schema = _described(super().openapi())
+        return self.openapi_schema
+
+
+def _described(document: dict[str, Any]) -> dict[str, Any]:
+    components = document["components"]
+    for path in document["paths"].values():
+        for operation in (path[method] for method in _METHODS if method in path):
+            _complete(operation["responses"])
+            if "401" in operation["responses"]:
+                operation["security"] = [{name: []} for name in _SECURITY]
+    for name in ("HTTPValidationError", "ValidationError"):
+        components["schemas"].pop(name, None)
+    components["securitySchemes"] = _SECURITY
+    return document
+
+
+def _complete(replies: dict[str, Any]) -> None:
+    # FastAPI takes for granted that validation answers 422 in its own shape.
+    if "HTTPValidationError" in str(replies.get("422")):
+        del replies["422"]
+    schema = {"schema": {"$ref": "#/components/schemas/ErrorReply"}}
+    for status in _LAYERS:
+        reply = {"description": MEANING[status], "content": {"application/json": schema}}
+        replies.setdefault(str(status), reply)
 
 
 def edit_form() -> dict[str, Any]:

@@ -56,6 +56,7 @@ def render(document: Schema) -> str:
         f"<h1>{escape(info['title'])} <small>{escape(info['version'])}</small></h1>"
         f"<p>{escape(info.get('summary', ''))}"
         ' The same for machines: <a href="/openapi.json">openapi.json</a>.</p>'
+        f"{_prose(info.get('description', ''))}"
         f"<nav><ul>{contents}</ul></nav>{body}</main></body></html>"
     )
 

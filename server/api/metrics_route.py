@@ -28,7 +28,7 @@ def routes(services: Services) -> APIRouter:
                 "description": "Prometheus text; each sample carries its `replica`",
                 "content": {"text/plain": {"schema": {"type": "string"}}},
             },
-            **responses(401, 403, 429, 500),
+            **responses(401, 403),
         },
         dependencies=[Depends(operator_of)],
     )

@@ -39,13 +39,13 @@ def routes(services: Services) -> APIRouter:
             ),
         )
 
-    @router.get("", summary="List the models", responses=responses(401, 429, 500, 503))
+    @router.get("", summary="List the models", responses=responses(401, 503))
     async def models() -> ModelList:
         """Every model that is served; a request that names none gets the first."""
         found = await services.dispatcher.models()
         return ModelList(data=[reply(model, default=i == 0) for i, model in enumerate(found)])
 
-    @router.get("/{model}", summary="One model", responses=responses(401, 404, 429, 500, 503))
+    @router.get("/{model}", summary="One model", responses=responses(401, 404, 503))
     async def one_model(model: str) -> ModelReply:
         """A model by its id, or by an alias of it."""
         found = await model_named(services, model)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
+from server.api.jobs import base_url
 from server.auth import Tenant, tenant_of
 from server.disconnect import until_gone
 from server.edits import inputs_of, read_edit
@@ -31,7 +32,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
         "content": {"text/event-stream": {"schema": {"type": "string"}}},
         "headers": TIMING_HEADERS,
     },
-    **responses(400, 401, 403, 404, 408, 413, 422, 429, 500, 503, 504),
+    **responses(401, 403, 404, 422, 503, 504),
 }
 
 
@@ -108,7 +109,12 @@ async def _answer(
     pictures = await until_gone(request.receive, drawn(services.dispatcher, order))
     record.drew(pictures)
     services.metrics.drew(pictures, tenant=tenant)
-    reply = images_reply(body, order, pictures)
+    urls: list[str] = []
+    if body.response_format == "url":
+        prefix = base_url(request, services)
+        paths = await services.jobs.links.publish(tenant, pictures)
+        urls = [prefix + path for path in paths]
+    reply = images_reply(body, order, pictures, urls)
     return Response(
         reply.model_dump_json(), headers=timing_headers(pictures), media_type="application/json"
     )

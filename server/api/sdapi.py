@@ -45,9 +45,8 @@ from server.services import Services
 from server.uploads import decode_picture, from_base64, off_loop
 
 _PREVIEWS = 4
-_ERRORS = responses(400, 401, 403, 404, 408, 413, 422, 429, 500, 503, 504)
-_LOOK = responses(401, 429, 500, 503)
-_CHANGE = responses(400, 401, 404, 408, 413, 429, 500, 503)
+_ERRORS = responses(401, 403, 404, 422, 503, 504)
+_LOOK = responses(401, 503)
 # Things that the original may have and this server does not: clients fill menus from them.
 _EMPTY: dict[str, Any] = {
     "upscalers": [],
@@ -138,7 +137,7 @@ def _drawing(router: APIRouter, desk: _Desk) -> None:
         """Image to image, and inpainting with a mask."""
         return await desk.draw(body, request, tenant)
 
-    @router.get("/progress", summary="How far is it", responses=responses(400, 401, 429, 500, 503))
+    @router.get("/progress", summary="How far is it", responses=_LOOK)
     async def progress(tenant: Caller, skip_current_image: bool = False) -> ProgressReply:
         """Of the caller's oldest running request on this gateway."""
         return desk.running.progress(tenant.id, with_image=not skip_current_image)
@@ -176,7 +175,7 @@ def _looking(router: APIRouter, desk: _Desk) -> None:
             for model in await desk.services.dispatcher.models()
         ]
 
-    @router.post("/png-info", summary="Parameters in a file", responses=_CHANGE | responses(422))
+    @router.post("/png-info", summary="Parameters in a file", responses=responses(401, 422))
     async def png_info(body: PngInfoBody, _tenant: Caller) -> PngInfoReply:
         """Reads what this server, the original, and others wrote into a PNG, JPEG or WebP."""
         config = desk.services.config
@@ -223,7 +222,7 @@ def _settings(router: APIRouter, desk: _Desk) -> None:
             "CLIP_stop_at_last_layers": 1,
         }
 
-    @router.post("/options", summary="Change settings", responses=_CHANGE)
+    @router.post("/options", summary="Change settings", responses=responses(401, 404, 503))
     async def set_options(body: OptionsBody, tenant: Caller) -> None:
         """Chooses the model of the caller's later requests on this gateway."""
         if body.sd_model_checkpoint:

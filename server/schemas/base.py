@@ -98,11 +98,14 @@ def _ms(seconds: float) -> float:
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI entries of the errors that a route may give."""
-    return {status: {"model": ErrorReply, "description": _MEANING[status]} for status in statuses}
+    """OpenAPI entries of the errors that a route may give.
+
+    Those of the layers around every route (400, 408, 413, 429, 500) are added to all.
+    """
+    return {status: {"model": ErrorReply, "description": MEANING[status]} for status in statuses}
 
 
-_MEANING = {
+MEANING = {
     400: "Malformed, unknown or out of range; `param` names the field",
     401: "No API key, or one that is not known",
     403: "The key is known but may not do this, or the content check refused",

@@ -20,7 +20,8 @@ class GenerationBody(DrawBody):
     response_format: Annotated[Literal["b64_json", "url"] | None, Field(examples=["b64_json"])] = (
         None
     )
-    """`b64_json`, the default, puts the pictures into the reply; `url` links to them for a time."""
+    """`b64_json`, the default, puts the pictures into the reply; `url` links to them for a time.
+    Events of a stream always carry them."""
     style: Literal["vivid", "natural"] | None = None
     """Accepted without effect: say it in the prompt."""
     stream: bool | None = None

@@ -6,14 +6,13 @@ import asyncio
 import io
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
 
 from PIL import Image as Pillow
 
 from engine.errors import DarkroomError
 from engine.types import Timings
-from server.auth import KeyRing
 from server.config import ServeConfig
+from server.dispatch import Dispatcher
 from server.messages import (
     Drawn,
     Failed,
@@ -26,8 +25,7 @@ from server.messages import (
     Started,
     Stepped,
 )
-from server.metrics import GatewayMetrics
-from server.services import Services
+from server.services import Services, open_services
 
 MODEL = ModelInfo(
     id="tintype",
@@ -74,6 +72,11 @@ class ScriptedDispatcher:
     started: asyncio.Event = field(default_factory=asyncio.Event)
     hanging: asyncio.Event = field(default_factory=asyncio.Event)
     closed: int = 0
+
+    def forget(self) -> None:
+        """As new."""
+        for name, value in vars(type(self)()).items():
+            setattr(self, name, value)
 
     def draw(self, tasks: Sequence[PictureTask]) -> AsyncGenerator[PictureEvent, None]:
         return self._draw(tasks)
@@ -148,13 +151,6 @@ class ScriptedDispatcher:
 
 
 def services_of(
-    dispatcher: ScriptedDispatcher | None = None, config: ServeConfig | None = None, **more: Any
+    dispatcher: Dispatcher | None = None, config: ServeConfig | None = None
 ) -> Services:
-    config = config or ServeConfig()
-    return Services(
-        config=config,
-        dispatcher=dispatcher or ScriptedDispatcher(),
-        keys=KeyRing.of(config),
-        metrics=GatewayMetrics(),
-        **{"jobs": cast(Any, None), **more},
-    )
+    return open_services(config or ServeConfig(), dispatcher or ScriptedDispatcher())

@@ -24,15 +24,20 @@ CONFIG = ServeConfig(
 )
 
 
-@pytest.fixture
-def dispatcher() -> ScriptedDispatcher:
-    return ScriptedDispatcher()
+_DISPATCHER = ScriptedDispatcher()
 
 
-@pytest.fixture
-def client(dispatcher: ScriptedDispatcher) -> Iterator[TestClient]:
-    with TestClient(create_app(services_of(dispatcher, CONFIG))) as client:
+@pytest.fixture(scope="module")
+def client() -> Iterator[TestClient]:
+    with TestClient(create_app(services_of(_DISPATCHER, CONFIG))) as client:
         yield client
+
+
+@pytest.fixture(autouse=True)
+def dispatcher() -> ScriptedDispatcher:
+    """The one behind ``client``, as new."""
+    _DISPATCHER.forget()
+    return _DISPATCHER
 
 
 def generate(client: TestClient, **fields: Any) -> Any:
@@ -134,6 +139,18 @@ def test_every_field_of_openai_is_taken(client: TestClient) -> None:
         safety_identifier="s",
     )
     assert reply.status_code == 200, reply.text
+
+
+def test_links_work_without_a_key_until_they_expire(client: TestClient) -> None:
+    reply = generate(client, n=2, response_format="url", output_format="webp").json()
+    assert [item["b64_json"] for item in reply["data"]] == [None, None]
+    for item in reply["data"]:
+        assert item["url"].startswith("http://testserver/v1/files/")
+        fetched = client.get(item["url"])
+        assert fetched.headers["content-type"] == "image/webp"
+        assert Pillow.open(io.BytesIO(fetched.content)).size == (64, 64)
+        forged = client.get(item["url"][:-1] + ("A" if item["url"][-1] != "A" else "B"))
+        assert error_of(forged, 403)["code"] == "forbidden"
 
 
 @pytest.mark.parametrize(

@@ -69,15 +69,20 @@ CHATTY: dict[str, Any] = {
 }
 
 
-@pytest.fixture
-def dispatcher() -> ScriptedDispatcher:
-    return ScriptedDispatcher()
+_DISPATCHER = ScriptedDispatcher()
 
 
-@pytest.fixture
-def client(dispatcher: ScriptedDispatcher) -> Iterator[TestClient]:
-    with TestClient(create_app(services_of(dispatcher, CONFIG))) as client:
+@pytest.fixture(scope="module")
+def client() -> Iterator[TestClient]:
+    with TestClient(create_app(services_of(_DISPATCHER, CONFIG))) as client:
         yield client
+
+
+@pytest.fixture(autouse=True)
+def dispatcher() -> ScriptedDispatcher:
+    """The one behind ``client``, as new."""
+    _DISPATCHER.forget()
+    return _DISPATCHER
 
 
 def b64(data: bytes) -> str:
