@@ -81,8 +81,10 @@ def routes(services: Services) -> APIRouter:
             raise InvalidRequestError(
                 "a job is followed at /v1/jobs/{id}/events; stream does not apply", field="stream"
             )
+        hook: WebhookTarget | None = None
         if body.webhook is not None:
-            jobs.check_webhook(body.webhook.url)
+            hook = WebhookTarget(url=body.webhook.url, secret=body.webhook.secret)
+            jobs.check_webhook(hook)
         model = await model_named(services, body.model)
         record = record_of(request.scope)
         order = order_of(body, model, services, tenant, request_id=record.id)
@@ -92,7 +94,8 @@ def routes(services: Services) -> APIRouter:
             prompt=body.prompt,
             user=body.safety_identifier or body.user,
         )
-        spec = _spec(body, order.with_previews(body.partial_images or 0), request, services)
+        order = order.with_previews(body.partial_images or 0)
+        spec = _spec(body, order, hook, base_url(request, services), services.config.jobs.ttl_s)
         key = None if idempotency_key is None else _key(idempotency_key, body)
         job, replayed = await jobs.submit(spec, key)
         response.headers["location"] = f"/v1/jobs/{job.spec.id}"
@@ -196,16 +199,17 @@ def base_url(request: Request, services: Services) -> str:
     return (services.config.http.public_url or str(request.base_url)).rstrip("/")
 
 
-def _spec(body: JobBody, order: Order, request: Request, services: Services) -> JobSpec:
+def _spec(
+    body: JobBody, order: Order, hook: WebhookTarget | None, base: str, ttl_s: float
+) -> JobSpec:
     now_s = time.time()
     first = order.tasks[0]
-    hook = body.webhook
     return JobSpec(
         id=f"job-{uuid.uuid4().hex}",
         tenant=first.tenant,
         created_at_s=now_s,
         # Nobody waits at the other end: a job that names no deadline has as long as it is kept.
-        deadline_at_s=now_s + (body.deadline_s or services.config.jobs.ttl_s),
+        deadline_at_s=now_s + (body.deadline_s or ttl_s),
         model=order.model.id,
         request=pack(first.request),
         seeds=tuple(task.request.seed or 0 for task in order.tasks),
@@ -213,9 +217,9 @@ def _spec(body: JobBody, order: Order, request: Request, services: Services) -> 
         width_px=order.width_px,
         height_px=order.height_px,
         rows=order.rows,
-        base_url=base_url(request, services),
+        base_url=base,
         inline=body.response_format == "b64_json",
-        webhook=None if hook is None else WebhookTarget(url=hook.url, secret=hook.secret),
+        webhook=hook,
     )
 
 

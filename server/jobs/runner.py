@@ -20,7 +20,16 @@ from server.config import JobsConfig
 from server.dispatch import Dispatcher
 from server.errors import ConflictError, JobsUnavailableError, NotFoundError
 from server.jobs.drive import Drive, Means
-from server.jobs.records import FINAL, MAX_EVENTS, Job, JobEvent, JobPicture, JobSpec, JobState
+from server.jobs.records import (
+    FINAL,
+    MAX_EVENTS,
+    Job,
+    JobEvent,
+    JobPicture,
+    JobSpec,
+    JobState,
+    WebhookTarget,
+)
 from server.jobs.store import IdempotencyKey, JobStore
 from server.jobs.webhooks import Courier
 from server.links import Links
@@ -94,13 +103,13 @@ class JobRunner:
         """Links to pictures."""
         return self._links
 
-    def check_webhook(self, url: str) -> None:
-        """Refuse a webhook's URL that would never be called.
+    def check_webhook(self, target: WebhookTarget) -> None:
+        """Refuse a webhook that would never be called.
 
         Raises:
-            InvalidRequestError, ForbiddenError: it is none, or its host is not allowed.
+            InvalidRequestError, ForbiddenError: its URL or secret is none, or its host not allowed.
         """
-        self._courier.check(url)
+        self._courier.check(target)
 
     @property
     def running(self) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx
 
-from engine.errors import DarkroomError
+from engine.errors import DarkroomError, InvalidRequestError
 from server.config import JobsConfig
 from server.jobs.addresses import AllowedHosts, Resolve
 from server.jobs.records import Job, WebhookTarget
@@ -28,6 +28,7 @@ from server.jobs.store import JobStore
 _log = logging.getLogger(__name__)
 
 _TIMEOUT = httpx.Timeout(10.0, connect=5.0)
+_ENCODED = "whsec_"
 _WHOLE_S = 30.0
 _BUSY_S = 60.0
 _LOOK_S = 1.0
@@ -37,10 +38,26 @@ _RETRY_MAX_S = 600.0
 _TRY_AGAIN = frozenset({408, 425, 429})
 
 
+def signing_key(secret: str) -> bytes:
+    """The bytes that sign: of ``whsec_`` and base64, as libraries write it, else the text itself.
+
+    Raises:
+        InvalidRequestError: what follows ``whsec_`` is not base64.
+    """
+    if not secret.startswith(_ENCODED):
+        return secret.encode()
+    try:
+        return base64.b64decode(secret.removeprefix(_ENCODED), validate=True)
+    except ValueError:
+        raise InvalidRequestError(
+            f"webhook.secret: what follows {_ENCODED} is not base64", field="webhook.secret"
+        ) from None
+
+
 def signature(secret: str, message_id: str, timestamp_s: int, body: bytes) -> str:
     """The value of the ``webhook-signature`` header."""
     signed = f"{message_id}.{timestamp_s}.".encode() + body
-    digest = hmac.new(secret.encode(), signed, hashlib.sha256).digest()
+    digest = hmac.new(signing_key(secret), signed, hashlib.sha256).digest()
     return f"v1,{base64.b64encode(digest).decode()}"
 
 
@@ -87,13 +104,14 @@ class Courier:
         self._slots = asyncio.Semaphore(_AT_ONCE)
         self._sending: set[asyncio.Task[None]] = set()
 
-    def check(self, url: str) -> None:
-        """Refuse a URL that would never be called.
+    def check(self, target: WebhookTarget) -> None:
+        """Refuse what would never be called, or cannot be signed.
 
         Raises:
-            InvalidRequestError, ForbiddenError: see :class:`AllowedHosts`.
+            InvalidRequestError, ForbiddenError: see :class:`AllowedHosts` and :func:`signing_key`.
         """
-        self._hosts.check(url)
+        self._hosts.check(target.url)
+        signing_key(target.secret)
 
     async def run(self) -> None:
         """Begin the deliveries that are due; return after a moment."""

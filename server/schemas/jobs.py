@@ -19,7 +19,8 @@ class WebhookBody(Body):
     url: Annotated[str, Field(max_length=2000, examples=["https://hooks.example.com/darkroom"])]
     """Only hosts that the operator lists, and never private addresses unless listed too."""
     secret: Annotated[str, Field(min_length=16, max_length=256)]
-    """Signs what is sent, as standardwebhooks.com has it. Never shown again."""
+    """Signs what is sent, as standardwebhooks.com has it: `whsec_` and base64, or plain text. It
+    is never shown again."""
 
 
 class JobBody(GenerationBody):
