@@ -10,18 +10,9 @@ import torch
 
 from engine.errors import DarkroomError, UnsupportedError
 from engine.solvers import SOLVERS, NoiseSchedule, SolverOptions, table
-from loadtests.exactness_tables import (
-    ALL_STEPS,
-    TOLERANCE,
-    TOLERANCE64,
-    Case,
-    build,
-    examine,
-    generate,
-    relative_error,
-    run_diffusers,
-    run_table,
-)
+from loadtests.exactness_cases import Case, generate
+from loadtests.exactness_runs import build, relative_error, run_diffusers, run_table
+from loadtests.exactness_tables import ALL_STEPS, TOLERANCE, TOLERANCE64, examine
 
 CASES = tuple(generate())
 
