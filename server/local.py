@@ -88,7 +88,7 @@ class LocalDispatcher:
 
     async def models(self) -> Sequence[ModelInfo]:
         """The configured models; the default first."""
-        return self._worker.models
+        return self._worker.models.infos
 
     async def readiness(self) -> Readiness:
         """Whether every configured model is warm."""
@@ -136,7 +136,9 @@ class LocalDispatcher:
         self._admission.report(self._worker.report())
         self._admission.admit(
             [
-                ticket_of(task, self._info(task.model), gateway=_GATEWAY, arrived_at_s=now_s)
+                ticket_of(
+                    task, self._worker.models.info(task.model), gateway=_GATEWAY, arrived_at_s=now_s
+                )
                 for task in tasks
             ]
         )
@@ -168,13 +170,6 @@ class LocalDispatcher:
         self._turn()
         if not self._tasks:
             self._idle.set()
-
-    def _info(self, model: str) -> ModelInfo:
-        for info in self._worker.models:
-            if info.id == model:
-                return info
-        allowed = ", ".join(info.id for info in self._worker.models) or "none is loaded"
-        raise InvalidRequestError(f"unknown model {model!r}; allowed: {allowed}", field="model")
 
     # ------------------------------------------------------------------ drawing
 

@@ -10,8 +10,9 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 
 from engine.engine import Engine, EngineConfig
 from engine.errors import (
@@ -27,13 +28,14 @@ from engine.ports import Clock, SystemClock
 from server.config import ServeConfig
 from server.content_check import load_check
 from server.drawing import Drawing, Workshop
+from server.loaded_models import LoadedModels
 from server.mailbox import Mailbox
-from server.messages import Checkpointed, Drawn, Failed, ModelInfo, PictureTask, WorkerEvent
+from server.messages import Checkpointed, Drawn, Failed, Load, PictureTask, WorkerEvent
 from server.routing import Live, Rate, WorkerReport
 from server.settings import Settings
 from server.tickets import steps_of, width_of
 from server.worker_metrics import WorkerMetrics
-from server.worker_models import ModelHost, Progress, describe
+from server.worker_models import Progress
 
 _log = logging.getLogger(__name__)
 
@@ -66,9 +68,6 @@ class WorkerCore:
     ) -> None:
         self.name = name
         self._config = config
-        self._host = ModelHost(config, settings)
-        self._infos: dict[str, ModelInfo] = {}
-        self._names: dict[str, str] = {}
         self._metrics = WorkerMetrics()
         self._drawings: dict[str, Drawing] = {}
         self._idle = threading.Event()
@@ -88,6 +87,7 @@ class WorkerCore:
             clock=clock,
             on_tick=self._on_tick,
         )
+        self.models = LoadedModels(config, settings, self._engine, self._metrics, clock)
         self._metrics.watch(
             "darkroom_live_tasks", "Tasks in this worker.", lambda: len(self._drawings)
         )
@@ -119,12 +119,7 @@ class WorkerCore:
         """
         try:
             self._engine.start()
-            for configured in self._config.models:
-                plan = self._host.plan(configured, progress)
-                self._infos[configured.id] = describe(configured, plan)
-                self._names[plan.digest] = configured.id
-                self._engine.load(self._host.open(plan), name=configured.id)
-                self._engine.warm_up(configured.id)
+            self.models.open_all(progress)
         except BaseException:
             self.close(0.0)
             raise
@@ -141,20 +136,16 @@ class WorkerCore:
         """
         self.stop_admitting()
         self._idle.wait(timeout_s)
+        self.models.close()
         self._engine.close(drain=False)
         self._encoders.shutdown(cancel_futures=True)
         self._writers.shutdown()
-        self._host.close()
+        self.models.close_runtimes()
 
     # ------------------------------------------------------------------ what it has and does
 
     @property
-    def models(self) -> Sequence[ModelInfo]:
-        """The configured models; the default first."""
-        return tuple(self._infos.values())
-
-    @property
-    def missing(self) -> Sequence[str]:
+    def missing(self) -> tuple[str, ...]:
         """Configured models that are not warm."""
         return () if self._warm else tuple(model.id for model in self._config.models)
 
@@ -162,8 +153,8 @@ class WorkerCore:
         """What the router needs to know of it."""
         return WorkerReport(
             id=self.name,
-            rates={name: self._rate(name) for name in self._engine.models},
-            models=tuple(self._infos.values()),
+            rates=self._rates(),
+            models=tuple(self.models.infos),
             live=tuple(
                 Live(
                     id=drawing.task.id,
@@ -175,15 +166,29 @@ class WorkerCore:
             ),
         )
 
-    def _rate(self, name: str) -> Rate:
-        lane = self._engine.native_lane(name)
-        times = self._engine.times
-        rows = times.saturation_rows(lane)
-        return Rate(
-            steps_per_s=rows / times.tick_s(lane, rows),
-            saturation_steps=float(rows),
-            tick_s=times.tick_s(lane, min(2, rows)),
+    def load(self) -> Load:
+        """How busy this worker is."""
+        report = self.report()
+        return Load(
+            running=len(report.live),
+            running_steps=sum(live.steps_left for live in report.live),
+            steps_per_s=max((rate.steps_per_s for rate in report.rates.values()), default=0.0),
         )
+
+    def _rates(self) -> dict[str, Rate]:
+        """What was measured of each open model."""
+        rates = {}
+        times = self._engine.times
+        for name in self._engine.models:
+            with suppress(InvalidRequestError):  # closed since it was listed
+                lane = self._engine.native_lane(name)
+                rows = times.saturation_rows(lane)
+                rates[name] = Rate(
+                    steps_per_s=rows / times.tick_s(lane, rows),
+                    saturation_steps=float(rows),
+                    tick_s=times.tick_s(lane, min(2, rows)),
+                )
+        return rates
 
     def metrics_text(self) -> bytes:
         """Everything measured here, in Prometheus' text format."""
@@ -200,9 +205,12 @@ class WorkerCore:
         drawing: Drawing | None = None
         handle: Handle | None = None
         placed = False
+        lease: Future[None] | None = None
         try:
             drawing = self._admit(task)
             placed = await self._places.acquire()
+            lease = self.models.acquire(task.model)
+            await asyncio.wrap_future(lease)
             handle = await self._enter(drawing)
             event: WorkerEvent | None = None
             while not isinstance(event, Drawn):
@@ -224,15 +232,21 @@ class WorkerCore:
                 self._forget(drawing)
             if handle is not None and not handle.done:
                 handle.cancel()
+            if lease is not None and not lease.cancel() and lease.exception() is None:
+                self.models.release(task.model)
 
     def _failed(self, task: PictureTask, error: DarkroomError) -> Failed:
         # A model that is not configured is no label: anybody could make up any number of them.
-        self._metrics.failed(task.model if task.model in self._infos else "unknown", error)
+        known = any(task.model == info.id for info in self.models.infos)
+        self._metrics.failed(task.model if known else "unknown", error)
         return Failed(task.index, error)
 
     def _on_tick(self, tick: Tick) -> None:
+        name = self.models.name_of(tick.lane.plan_digest)
+        if name is None:
+            return  # being warmed up, or removed
         self._metrics.ticked(
-            self._names.get(tick.lane.plan_digest, "unknown"),
+            name,
             members=tick.members,
             rows=tick.rows,
             seconds=tick.total_s,
@@ -251,12 +265,7 @@ class WorkerCore:
             raise OverloadedError(f"{self.name} holds {len(self._drawings)} tasks already")
         if task.id in self._drawings:
             raise InvalidRequestError(f"task {task.id} is running already", field="id")
-        if task.model not in self._infos:
-            allowed = ", ".join(self._infos) or "none is loaded"
-            raise InvalidRequestError(
-                f"unknown model {task.model!r}; allowed: {allowed}", field="model"
-            )
-        info = self._infos[task.model]
+        info = self.models.info(task.model)
         drawing = Drawing(
             task,
             self._shop,
