@@ -13,7 +13,8 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-full lint format generate bench clean
+ARGS ?=
+.PHONY: help serve test test-full lint format generate bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -47,6 +48,9 @@ format: $(INSTALLED) ## Let ruff format and fix what it can
 PROMPT ?= a cat on a blue background
 generate: $(INSTALLED) ## Draw PROMPT with the default model into out.png
 	$(BIN)/darkroom generate "$(PROMPT)" -o out.png
+
+serve: $(INSTALLED) ## Serve the default model on http://127.0.0.1:8000 until Ctrl-C; ARGS="--port 9000 …"
+	$(BIN)/darkroom serve $(ARGS)
 
 bench: $(INSTALLED) ## The engine's speed table on the default model
 	$(BIN)/python -m loadtests.bench_engine

@@ -20,6 +20,7 @@ A new instance knows nothing. Reports and heartbeats say within seconds what is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -92,6 +93,7 @@ class Admission:
         self._gateways: dict[str, float] = {}
         self._ended: dict[str, float] = {}
         """When gateways ended leases, kept while a worker's report may still name them."""
+        self._lost: dict[str, float] = {}
 
     # ------------------------------------------------------------------ what gateways say
 
@@ -137,8 +139,12 @@ class Admission:
                 self._lease(grant, known.steps_left if known else grant.ticket.steps)
 
     def lose(self, worker: str) -> None:
-        """A gateway saw a worker die: its leases are void, and it gets no more."""
+        """A gateway cannot reach a worker: its leases are void, and for a while it gets no more.
+
+        It may still report, when it is being stopped or the gateway is mistaken.
+        """
         self._workers.pop(worker, None)
+        self._lost[worker] = self._clock.now_s()
         self._leases = {i: held for i, held in self._leases.items() if held.grant.worker != worker}
 
     # ------------------------------------------------------------------ what workers say
@@ -150,7 +156,8 @@ class Admission:
         has just started counts what it did not grant until the gateways claim it.
         """
         now_s = self._clock.now_s()
-        self._workers[report.id] = _Worker(report, now_s)
+        if now_s - self._lost.get(report.id, -math.inf) > self._policy.lease_s:
+            self._workers[report.id] = _Worker(report, now_s)
         orphans = []
         for live in report.live:
             if (lease := self._leases.get(live.id)) is not None:
@@ -208,6 +215,7 @@ class Admission:
         # A void lease stays for as long again: meanwhile the worker's reports earn it a cancel.
         self._leases = {i: held for i, held in self._leases.items() if held.renewed_at_s >= void_s}
         self._ended = {i: at_s for i, at_s in self._ended.items() if at_s >= void_s}
+        self._lost = {i: at_s for i, at_s in self._lost.items() if at_s >= void_s}
         late = []
         for ticket in self._queue:
             passed = ticket.deadline_at_s is not None and now_s >= ticket.deadline_at_s
@@ -227,6 +235,10 @@ class Admission:
             places[ticket.id] = (position, round(ahead))
             ahead += ticket.steps
         return places
+
+    def waiting(self) -> set[str]:
+        """Ids of the tickets that wait."""
+        return {ticket.id for ticket in self._queue}
 
     def load(self) -> Load:
         """How busy the application is."""

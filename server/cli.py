@@ -16,6 +16,7 @@ from rich.table import Table
 
 from engine.errors import DarkroomError, InvalidRequestError
 from server.config_cli import config_app, keys_app
+from server.serve_cli import serve
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(serve)
 app.add_typer(config_app, name="config")
 app.add_typer(keys_app, name="keys")
 _out = Console()

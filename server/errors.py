@@ -64,6 +64,10 @@ class ContentRefusedError(ServerError):
     """The operator's content check refused to release the picture or to draw the prompt."""
 
 
+class StartError(ServerError):
+    """The application did not come up. Nobody asks over HTTP then: the command line says it."""
+
+
 class WorkerLostError(ServerError):
     """A worker died with the task, and the retry failed too."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
+from engine.errors import DarkroomError
 from server.messages import Load, ModelInfo
 
 
@@ -60,8 +62,15 @@ class Expired:
     ticket_id: str
 
 
-RouterNews = Grant | Place | Expired
-"""What an admitted request hears from the router."""
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The whole request was not admitted. A value, not raised: a refusal must be cheap."""
+
+    error: DarkroomError
+
+
+RouterNews: TypeAlias = Grant | Place | Expired | Refused
+"""What a request hears from the router: a refusal alone, or else at least one of the others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -289,6 +289,7 @@ def test_nothing_is_lost_doubled_or_over_capacity(data: st.DataObject) -> None:
             case "lose":
                 lost = data.draw(st.sampled_from(["w1", "w2"]))
                 admission.lose(lost)
+                clock.tick(0.001)
                 running = {i: g for i, g in running.items() if g.worker != lost}
             case "tick":
                 clock.tick(data.draw(st.floats(0, 4)))
@@ -442,6 +443,20 @@ def test_a_lost_workers_ticket_goes_first_elsewhere(make: Callable[..., Admissio
     admission.report(report("w2"))
     admission.admit([replace(grant.ticket, resumed=True, steps=10.0)])
     assert [(g.ticket.id, g.worker) for g in admission.grants()] == [("first", "w2")]
+
+
+def test_a_worker_that_cannot_be_reached_rests_though_it_reports(
+    make: Callable[..., Admission], clock: FakeClock
+) -> None:
+    admission = make()
+    admission.report(report())
+    admission.lose("w")
+    admission.report(report())
+    admission.admit([ticket()])
+    assert admission.grants() == []
+    clock.tick(16)
+    admission.report(report())
+    assert len(admission.grants()) == 1
 
 
 def test_places_count_the_steps_ahead(make: Callable[..., Admission]) -> None:

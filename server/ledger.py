@@ -1,0 +1,91 @@
+"""What a gateway holds, and its heartbeat to the router."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+
+from engine.ports import Clock
+from server.remote import CALL_TIMEOUT_S, ReplicaLostError, RouterClient
+from server.routing import Grant, Pulse
+
+_log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 1.0
+
+
+class Ledger:
+    """Leases that run, and the router's last word on the whole application.
+
+    A beat goes out every second, and at once when a lease ends, so that its place is free for the
+    next; one call is on its way at a time, so that under load one beat ends many. Leases that ended
+    while no router answers are told to the next one.
+    """
+
+    def __init__(self, name: str, router: RouterClient, clock: Clock) -> None:
+        self.name = name
+        self._router = router
+        self._clock = clock
+        self._running: dict[str, Grant] = {}
+        self._ended: set[str] = set()
+        self._due = asyncio.Event()
+        self._beating: asyncio.Task[None] | None = None
+        self.pulse: Pulse | None = None
+        self.pulsed_at_s = 0.0
+        self._pulsed = asyncio.Event()
+
+    def start(self) -> None:
+        """Begin to beat."""
+        self._beating = asyncio.create_task(self._beat_forever())
+
+    async def close(self) -> None:
+        """Say what has ended, once more, and stop beating."""
+        if self._beating is not None:
+            self._beating.cancel()
+            await asyncio.gather(self._beating, return_exceptions=True)
+            await self.beat()
+
+    def hold(self, grant: Grant) -> None:
+        """A lease begins."""
+        self._running[grant.ticket.id] = grant
+        self._ended.discard(grant.ticket.id)
+
+    def end(self, ticket_id: str) -> None:
+        """A lease is over."""
+        if self._running.pop(ticket_id, None) is not None:
+            self._ended.add(ticket_id)
+            self._due.set()
+
+    async def first_pulse(self) -> Pulse:
+        """The router's last word; waits for the first one that knows a worker."""
+        while self.pulse is None or not self.pulse.models:
+            self._pulsed.clear()
+            await self._pulsed.wait()
+        return self.pulse
+
+    def fresh(self) -> bool:
+        """Whether the router has answered lately."""
+        return self.pulse is not None and self._clock.now_s() - self.pulsed_at_s < CALL_TIMEOUT_S
+
+    async def beat(self) -> None:
+        """Tell the router, and hear from it, once; what does not arrive is told the next time."""
+        self._due.clear()
+        ended = tuple(self._ended)
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                pulse = await self._router.heartbeat(
+                    self.name, tuple(self._running.values()), ended
+                )
+        except (ReplicaLostError, TimeoutError):
+            _log.warning("the router does not answer; what runs goes on")
+            return
+        self._ended.difference_update(ended)
+        self.pulse, self.pulsed_at_s = pulse, self._clock.now_s()
+        self._pulsed.set()
+
+    async def _beat_forever(self) -> None:
+        while True:
+            await self.beat()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._due.wait(), HEARTBEAT_S)

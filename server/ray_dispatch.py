@@ -1,0 +1,127 @@
+"""A dispatcher over a router and workers in other processes.
+
+For each request one admission call for all of its tasks, and for each task that is granted one
+streaming call to the very worker that the grant names: see :mod:`server.ray_drawing`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, suppress
+
+from engine.errors import ClosedError
+from engine.ports import Clock
+from server.clock import UnixClock
+from server.config import ServeConfig
+from server.ledger import Ledger
+from server.messages import Load, ModelInfo, PictureEvent, PictureTask, Readiness
+from server.ray_drawing import Drawing, Surroundings
+from server.refusals import Refusals
+from server.remote import RouterClient, WorkersClient
+
+_LAST_WORDS_S = 5.0
+"""For telling clients what ended their requests, once the time to finish them is over."""
+
+
+class RayDispatcher:
+    """Implements :class:`server.dispatch.Dispatcher`. Belongs to one event loop.
+
+    Args:
+        name: of this gateway among others, for leases and logs.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        router: RouterClient,
+        workers: WorkersClient,
+        *,
+        name: str | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        clock = clock or UnixClock()
+        name = name or f"gateway-{uuid.uuid4().hex[:8]}"
+        self._configured = tuple(model.id for model in config.models)
+        self._ledger = Ledger(name, router, clock)
+        self._around = Surroundings(
+            name=name,
+            router=router,
+            workers=workers,
+            ledger=self._ledger,
+            refusals=Refusals(clock),
+            clock=clock,
+            timeout_s=config.limits.request_timeout_s,
+        )
+        self._drawings: set[Drawing] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._closing = False
+
+    def start(self) -> None:
+        """Begin to send heartbeats. Requests wait for the first answer."""
+        self._ledger.start()
+
+    # ------------------------------------------------------------------ Dispatcher
+
+    async def draw(self, tasks: Sequence[PictureTask]) -> AsyncGenerator[PictureEvent, None]:
+        """Draw the pictures of one request; see :meth:`Dispatcher.draw`."""
+        if self._closing:
+            raise ClosedError("the server is shutting down and takes no more work")
+        drawing = Drawing(tasks, self._around)
+        self._drawings.add(drawing)
+        self._idle.clear()
+        try:
+            async with aclosing(drawing.events()) as events:
+                async for event in events:
+                    yield event
+        finally:
+            try:
+                await drawing.close()
+            finally:
+                self._drawings.discard(drawing)
+                if not self._drawings:
+                    self._idle.set()
+
+    async def models(self) -> Sequence[ModelInfo]:
+        """The configured models; the default first. None before the first worker is up."""
+        pulse = self._ledger.pulse
+        return () if pulse is None else pulse.models
+
+    async def readiness(self) -> Readiness:
+        """Whether every configured model is warm, and the router answers."""
+        pulse = self._ledger.pulse
+        workers = pulse.workers if pulse is not None and self._ledger.fresh() else 0
+        served = {model.id for model in pulse.models} if pulse is not None and workers else set()
+        missing = tuple(name for name in self._configured if name not in served)
+        return Readiness(
+            ready=not missing and not self._closing,
+            workers=workers,
+            missing=missing,
+            draining=self._closing,
+        )
+
+    async def load(self) -> Load:
+        """How busy the whole application is now, or was when the router last answered."""
+        await self._ledger.beat()
+        pulse = self._ledger.pulse
+        return Load() if pulse is None else pulse.load
+
+    async def metrics(self) -> Sequence[tuple[str, bytes]]:
+        """(replica, Prometheus text) of the router and of every worker that answers in time."""
+        of_router, of_workers = await asyncio.gather(
+            self._around.router.metrics(), self._around.workers.metrics()
+        )
+        return [*of_router, *of_workers]
+
+    async def close(self, timeout_s: float) -> None:
+        """Take nothing more, finish what runs, fail what is left after ``timeout_s`` seconds."""
+        self._closing = True
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        for drawing in self._drawings:
+            drawing.abandon(ClosedError("the server is shutting down"))
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), _LAST_WORDS_S)
+        await self._ledger.close()

@@ -1,0 +1,312 @@
+"""One request on its way through router and workers.
+
+One task of asyncio asks the router, and one for each granted picture reads from its worker; all
+put their news into one bounded queue, which :meth:`Drawing.events` empties.
+
+When a worker dies, its pictures go on from their last snapshots on another, once. When the router
+dies, running pictures notice nothing, and waiting ones are admitted again with their old place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+
+from engine.errors import (
+    CancelledError,
+    ClosedError,
+    DarkroomError,
+    DeadlineExceededError,
+    ExecutionError,
+    InvalidRequestError,
+    OverloadedError,
+)
+from engine.ports import Clock
+from server.errors import WorkerLostError
+from server.ledger import Ledger
+from server.messages import (
+    Checkpointed,
+    Drawn,
+    Failed,
+    ModelInfo,
+    PictureEvent,
+    PictureTask,
+    Queued,
+    Started,
+)
+from server.refusals import Refusals
+from server.remote import CALL_TIMEOUT_S, ReplicaLostError, RouterClient, WorkersClient
+from server.routing import Expired, Grant, Place, Refused, Ticket
+
+_log = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 2
+"""Workers that a picture may start on."""
+_UNREAD = 8
+"""News of a request that may wait to be read; then its workers' streams wait."""
+_GRACE_S = 2.0
+"""How long after a deadline the router's word on it is waited for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What every request of a gateway shares."""
+
+    name: str
+    router: RouterClient
+    workers: WorkersClient
+    ledger: Ledger
+    refusals: Refusals
+    clock: Clock
+    timeout_s: float
+    """The deadline of a task that names none."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    error: DarkroomError
+
+
+class Drawing:
+    """Draws the tasks of one request, which share their deadline."""
+
+    def __init__(self, tasks: Sequence[PictureTask], around: Surroundings) -> None:
+        self._around = around
+        self._tasks = {task.id: task for task in tasks}
+        self._began_at_s = around.clock.now_s()
+        deadlines = [task.deadline_at_s for task in tasks if task.deadline_at_s is not None]
+        self._deadline_at_s = min(deadlines, default=self._began_at_s + around.timeout_s)
+        self._watching = any(task.listening for task in tasks)
+        self._open = {task.index for task in tasks}
+        self._news: asyncio.Queue[PictureEvent | _Refusal] = asyncio.Queue(
+            max(_UNREAD, len(self._open))
+        )
+        self._jobs: set[asyncio.Task[None]] = set()
+        self._held: set[str] = set()
+
+    async def events(self) -> AsyncGenerator[PictureEvent, None]:
+        """The events of all tasks; ends when each has its ``Drawn`` or ``Failed``.
+
+        Raises:
+            DarkroomError: refused, before the first event.
+        """
+        tickets = await self._tickets()
+        self._spawn(partial(self._begin, tickets), tickets)
+        while self._open:
+            news = await self._news.get()
+            if isinstance(news, _Refusal):
+                raise news.error
+            if isinstance(news, Drawn | Failed):
+                self._open.discard(news.index)
+            yield news
+
+    def abandon(self, error: DarkroomError) -> None:
+        """Stop working; what is not finished fails with ``error``."""
+        for job in self._jobs:
+            job.cancel()
+        unread = [self._news.get_nowait() for _ in range(self._news.qsize())]
+        finished = {news.index: news for news in unread if isinstance(news, Drawn | Failed)}
+        for index in self._open:
+            self._news.put_nowait(finished.get(index) or Failed(index, error))
+
+    async def close(self) -> None:
+        """Cancel what is unfinished, on the workers too, and give every lease back."""
+        for job in self._jobs:
+            job.cancel()
+        await asyncio.gather(*self._jobs, return_exceptions=True)
+        for ticket_id in self._held:
+            self._around.ledger.end(ticket_id)
+
+    # ------------------------------------------------------------------ admission
+
+    async def _tickets(self) -> list[Ticket]:
+        """What the tasks cost; waits for the first worker where none is there yet.
+
+        Raises:
+            InvalidRequestError: an unknown model.
+            DeadlineExceededError: no worker came in time.
+            OverloadedError: the router has just refused the like.
+        """
+        try:
+            async with asyncio.timeout(self._left_s()):
+                pulse = await self._around.ledger.first_pulse()
+        except TimeoutError:
+            raise DeadlineExceededError("no worker came up before the deadline") from None
+        models = {model.id: model for model in pulse.models}
+        tickets = [self._ticket(task, models) for task in self._tasks.values()]
+        self._around.refusals.check(tickets)
+        return tickets
+
+    def _ticket(self, task: PictureTask, models: Mapping[str, ModelInfo]) -> Ticket:
+        model = models.get(task.model)
+        if model is None:
+            raise InvalidRequestError(
+                f"unknown model {task.model!r}; allowed: {', '.join(models)}", field="model"
+            )
+        steps = model.rows(task.request) * model.area(task.request)
+        return Ticket(
+            id=task.id,
+            request_id=task.request_id,
+            gateway=self._around.name,
+            tenant=task.tenant,
+            model=task.model,
+            steps=steps,
+            width=steps / model.evaluations(task.request),
+            arrived_at_s=self._began_at_s,
+            priority=task.request.priority,
+            deadline_at_s=self._deadline_at_s,
+        )
+
+    async def _begin(self, tickets: Sequence[Ticket]) -> None:
+        """Admit all tickets, and start each as it is granted."""
+        try:
+            async for grant in self._grants(tickets):
+                self._spawn(partial(self._run, grant), [grant.ticket])
+        except OverloadedError as error:
+            self._around.refusals.note(tickets, error)
+            await self._news.put(_Refusal(error))
+        except DarkroomError as error:
+            await self._news.put(_Refusal(error))
+
+    async def _grants(self, tickets: Sequence[Ticket]) -> AsyncGenerator[Grant, None]:
+        """Admit tickets and yield their grants; a router that died is asked again.
+
+        A ticket whose deadline passes fails here, and is not granted.
+
+        Raises:
+            DarkroomError: refused.
+        """
+        pending = {ticket.id: ticket for ticket in tickets}
+        pause_s = 0.1
+        while pending and self._left_s() > -_GRACE_S:
+            try:
+                async with (
+                    asyncio.timeout(self._left_s() + _GRACE_S),
+                    aclosing(self._admit(pending)) as grants,
+                ):
+                    async for grant in grants:
+                        pause_s = 0.1
+                        yield grant
+            except ReplicaLostError:
+                await asyncio.sleep(pause_s)
+                pause_s = min(2.0 * pause_s, 1.0)
+            except TimeoutError:
+                break
+        for ticket in pending.values():
+            await self._fail(ticket, DeadlineExceededError("the deadline passed in the queue"))
+
+    async def _admit(self, pending: dict[str, Ticket]) -> AsyncGenerator[Grant, None]:
+        """One admission call; takes out of ``pending`` what was settled."""
+        router = self._around.router
+        async with aclosing(router.admit(tuple(pending.values()), self._watching)) as stream:
+            async for news in stream:
+                match news:
+                    case Refused():
+                        pending.clear()
+                        raise news.error
+                    case Grant():
+                        del pending[news.ticket.id]
+                        self._hold(news)
+                        yield news
+                    case Expired():
+                        ticket = pending.pop(news.ticket_id)
+                        late = DeadlineExceededError("the deadline passed in the queue")
+                        await self._fail(ticket, late)
+                    case Place():
+                        index = self._task(pending[news.ticket_id]).index
+                        await self._news.put(Queued(index, news.position, news.steps_ahead))
+                # Admitted once: a second time, neither bound nor deadline stands in the way.
+                pending.update({i: replace(t, resumed=True) for i, t in pending.items()})
+
+    # ------------------------------------------------------------------ drawing
+
+    async def _run(self, grant: Grant) -> None:
+        """Draw one picture on the worker that was granted, and if that dies on another."""
+        task = self._task(grant.ticket)
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            waited_s = self._around.clock.now_s() - self._began_at_s
+            sent = replace(task, id=grant.ticket.id)
+            lost: DarkroomError = ReplicaLostError("the worker ended the picture without a word")
+            try:
+                async with aclosing(self._around.workers.draw(grant.worker, sent)) as events:
+                    async for event in events:
+                        match event:
+                            case Checkpointed():
+                                task = replace(task, snapshot=event.snapshot)
+                            case Started():
+                                await self._news.put(replace(event, attempt=attempt))
+                            case Drawn():
+                                await self._news.put(_after(event, waited_s, attempt))
+                                return
+                            case Failed(error=ClosedError() | CancelledError()):
+                                lost = event.error  # nobody here asked it to
+                                break
+                            case _:
+                                await self._news.put(event)
+                                if isinstance(event, Failed):
+                                    return
+            except ReplicaLostError as error:
+                lost = error
+                await self._tell_lost(grant.worker)
+            finally:
+                self._around.ledger.end(grant.ticket.id)
+            _log.warning("task %s lost its worker %s: %s", task.id, grant.worker, lost)
+            if attempt < MAX_ATTEMPTS:
+                again = self._grants([self._resumed(grant.ticket, attempt + 1)])
+                async with aclosing(again) as grants:
+                    if (next_grant := await anext(grants, None)) is None:
+                        return  # its deadline passed
+                    grant = next_grant
+        await self._fail(grant.ticket, WorkerLostError("two workers died with this picture"))
+
+    def _resumed(self, ticket: Ticket, attempt: int) -> Ticket:
+        """Another name, because the old one is still being taken back in other processes."""
+        original = self._task(ticket)
+        resumed = replace(ticket, id=f"{original.id}~{attempt}", resumed=True)
+        self._tasks[resumed.id] = original
+        return resumed
+
+    async def _tell_lost(self, worker: str) -> None:
+        with suppress(ReplicaLostError, TimeoutError):
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                await self._around.router.lose(worker)
+
+    # ------------------------------------------------------------------ inside
+
+    def _hold(self, grant: Grant) -> None:
+        self._held.add(grant.ticket.id)
+        self._around.ledger.hold(grant)
+
+    def _task(self, ticket: Ticket) -> PictureTask:
+        return self._tasks[ticket.id]
+
+    async def _fail(self, ticket: Ticket, error: DarkroomError) -> None:
+        await self._news.put(Failed(self._task(ticket).index, error))
+
+    def _left_s(self) -> float:
+        return self._deadline_at_s - self._around.clock.now_s()
+
+    def _spawn(self, work: Callable[[], Awaitable[None]], tickets: Iterable[Ticket]) -> None:
+        """Run ``work`` beside the reader; if it fails unforeseen, ``tickets`` fail with it."""
+
+        async def job() -> None:
+            try:
+                await work()
+            except Exception as error:
+                _log.exception("drawing failed unforeseen")
+                planned = error if isinstance(error, DarkroomError) else None
+                failure = planned or ExecutionError("the server failed; its log says why")
+                for ticket in tickets:
+                    await self._fail(ticket, failure)
+
+        self._jobs.add(asyncio.create_task(job()))
+
+
+def _after(drawn: Drawn, waited_s: float, attempt: int) -> Drawn:
+    """A worker's picture with what happened before it got there."""
+    timings = replace(drawn.timings, queue_s=drawn.timings.queue_s + waited_s)
+    return replace(drawn, timings=timings, attempts=attempt)

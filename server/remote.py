@@ -1,0 +1,58 @@
+"""The other processes as a gateway sees them: what can be asked of them, and that they may be gone.
+
+Ray Serve's handles implement these in :mod:`server.serve_clients`; tests use plain objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Protocol
+
+from server.errors import WorkerLostError
+from server.messages import PictureTask, WorkerEvent
+from server.routing import Grant, Pulse, RouterNews, Ticket
+
+CALL_TIMEOUT_S = 5.0
+"""For calls that take milliseconds when all is well."""
+
+
+class ReplicaLostError(WorkerLostError):
+    """The process at the other end of a call is gone, or cannot be reached."""
+
+
+class RouterClient(Protocol):
+    """:class:`server.router.Router` in another process. Any call may raise ReplicaLostError."""
+
+    def admit(self, tickets: Sequence[Ticket], watching: bool) -> AsyncGenerator[RouterNews, None]:
+        """See :meth:`server.router.Router.admit`."""
+        ...
+
+    async def heartbeat(
+        self, gateway: str, running: Sequence[Grant], ended: Sequence[str]
+    ) -> Pulse:
+        """See :meth:`server.router.Router.heartbeat`."""
+        ...
+
+    async def lose(self, worker: str) -> None:
+        """See :meth:`server.router.Router.lose`."""
+        ...
+
+    async def metrics(self) -> Sequence[tuple[str, bytes]]:
+        """(replica, Prometheus text) of the router, if it answers in time."""
+        ...
+
+
+class WorkersClient(Protocol):
+    """The workers, each by its replica's name."""
+
+    def draw(self, worker: str, task: PictureTask) -> AsyncGenerator[WorkerEvent, None]:
+        """Draw ``task`` on that worker and no other.
+
+        Raises:
+            ReplicaLostError: it is gone, before the call or during it.
+        """
+        ...
+
+    async def metrics(self) -> Sequence[tuple[str, bytes]]:
+        """(replica, Prometheus text) of those that answer in time."""
+        ...

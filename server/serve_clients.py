@@ -1,0 +1,124 @@
+"""Router and workers over Ray Serve's handles: the one place where a gateway meets Ray."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from ray import exceptions as ray_errors
+from ray.serve import exceptions as serve_errors
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+from server.messages import PictureTask, WorkerEvent
+from server.remote import CALL_TIMEOUT_S, ReplicaLostError
+from server.routing import Grant, Pulse, RouterNews, Ticket
+
+_LOST = (
+    ray_errors.RayActorError,
+    ray_errors.ObjectLostError,
+    ray_errors.NodeDiedError,
+    ray_errors.WorkerCrashedError,
+    # Not by us: whoever cancels a call here does not read it any more.
+    ray_errors.TaskCancelledError,
+    serve_errors.ReplicaUnavailableError,
+    serve_errors.DeploymentUnavailableError,
+)
+
+
+class NamedReplicaRouter(RequestRouter):  # type: ignore[misc]  # Ray is not typed
+    """Sends a call to the replica that its keyword argument ``replica`` names, and to no other.
+
+    Every gateway runs one of these; it is no part of the router's decision, which came before.
+    """
+
+    async def choose_replicas(
+        self,
+        candidate_replicas: list[RunningReplica],
+        pending_request: PendingRequest | None = None,
+    ) -> list[list[RunningReplica]]:
+        """The named replica; without one that lives, the call fails instead of waiting for it."""
+        if pending_request is None:
+            return [candidate_replicas]
+        pending_request.routing_context.should_backoff = True
+        name = pending_request.kwargs.get("replica")
+        named = [r for r in candidate_replicas if r.replica_id.unique_id == name]
+        if not named and not pending_request.future.done():
+            pending_request.future.set_exception(ReplicaLostError(f"worker {name} is gone"))
+        return [named or candidate_replicas]
+
+
+class ServeRouterClient:
+    """Implements :class:`server.remote.RouterClient`."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._calls = handle
+        self._streams = handle.options(stream=True)
+
+    def admit(self, tickets: Sequence[Ticket], watching: bool) -> AsyncGenerator[RouterNews, None]:
+        """See :class:`server.remote.RouterClient`."""
+        return _read(self._streams.admit.remote(tickets, watching))
+
+    async def heartbeat(
+        self, gateway: str, running: Sequence[Grant], ended: Sequence[str]
+    ) -> Pulse:
+        """See :class:`server.remote.RouterClient`."""
+        try:
+            pulse = await self._calls.heartbeat.remote(gateway, running, ended)
+        except _LOST as error:
+            raise ReplicaLostError("the router is gone") from error
+        assert isinstance(pulse, Pulse)
+        return pulse
+
+    async def lose(self, worker: str) -> None:
+        """See :class:`server.remote.RouterClient`."""
+        try:
+            await self._calls.lose.remote(worker)
+        except _LOST as error:
+            raise ReplicaLostError("the router is gone") from error
+
+    async def metrics(self) -> Sequence[tuple[str, bytes]]:
+        """See :class:`server.remote.RouterClient`."""
+        return await _metrics(self._calls)
+
+
+class ServeWorkersClient:
+    """Implements :class:`server.remote.WorkersClient`."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._calls = handle
+        self._streams = handle.options(stream=True)
+
+    def draw(self, worker: str, task: PictureTask) -> AsyncGenerator[WorkerEvent, None]:
+        """See :class:`server.remote.WorkersClient`."""
+        return _read(self._streams.draw.remote(task, replica=worker))
+
+    async def metrics(self) -> Sequence[tuple[str, bytes]]:
+        """See :class:`server.remote.WorkersClient`."""
+        return await _metrics(self._calls)
+
+
+async def _read(response: DeploymentResponseGenerator[Any]) -> AsyncGenerator[Any, None]:
+    """The items of a streaming call; left early, the call is cancelled at the other end."""
+    ended = False
+    try:
+        async for item in response:
+            yield item
+        ended = True
+    except _LOST as error:
+        ended = True
+        raise ReplicaLostError("the process at the other end is gone") from error
+    finally:
+        if not ended:
+            response.cancel()
+
+
+async def _metrics(handle: DeploymentHandle[Any]) -> list[tuple[str, bytes]]:
+    """What every replica that answers in time says of itself."""
+    try:
+        pages = await handle.broadcast("metrics").results_async(
+            timeout_s=CALL_TIMEOUT_S, return_exceptions=True
+        )
+    except (TimeoutError, *_LOST):
+        return []
+    return [page for page in pages if isinstance(page, tuple)]

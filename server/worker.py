@@ -1,0 +1,106 @@
+"""The worker as a Ray Serve deployment: one process, one device, one engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from server.config import ServeConfig
+from server.log_pipe import log_to
+from server.messages import PictureTask, WorkerEvent
+from server.remote import CALL_TIMEOUT_S
+from server.routing import ReportReply
+from server.settings import Settings
+
+if TYPE_CHECKING:
+    from server.worker_core import WorkerCore
+
+_log = logging.getLogger(__name__)
+
+REPORT_S = 1.0
+
+
+class Worker:
+    """Draws what gateways send, and tells the router every second what it has and does.
+
+    Its constructor returns when every configured model is warm; until then Serve sends nothing,
+    and what it raises is a failed start.
+    """
+
+    def __init__(
+        self, config: ServeConfig, router: DeploymentHandle[Any], log: Path | None = None
+    ) -> None:
+        log_to(log, config.logging)
+        from server.worker_core import WorkerCore  # torch: not in whoever deploys this
+
+        self._router = router
+        self._core: WorkerCore = WorkerCore(
+            config, Settings.from_environment(), name=serve.get_replica_context().replica_tag
+        )
+        self._core.open()
+        self._calls: dict[str, asyncio.Task[Any]] = {}
+        self._outstanding_steps = 0.0
+        self._reporting = asyncio.get_running_loop().create_task(self._report_forever())
+
+    async def draw(
+        self,
+        task: PictureTask,
+        *,
+        replica: str,  # noqa: ARG002
+    ) -> AsyncGenerator[WorkerEvent, None]:
+        """See ``WorkerCore.draw``; ``replica`` has done its part in Serve's routing."""
+        call = asyncio.current_task()
+        assert call is not None
+        self._calls[task.id] = call
+        try:
+            async with aclosing(self._core.draw(task)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            del self._calls[task.id]
+
+    async def metrics(self) -> tuple[str, bytes]:
+        """(this replica, its Prometheus text)."""
+        return f"worker/{self._core.name}", self._core.metrics_text()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Asked by Serve where workers scale: the steps outstanding in the whole application."""
+        return {
+            "outstanding_steps": self._outstanding_steps,
+            "steps_per_s": self._core.load().steps_per_s,
+        }
+
+    async def check_health(self) -> None:
+        """Asked by Serve: a worker that no longer reports is replaced."""
+        if self._reporting.done():
+            raise RuntimeError("the worker has stopped reporting")
+
+    def __del__(self) -> None:
+        # Serve calls this once what runs has ended, or its grace period is over.
+        self._core.close(0.0)
+
+    async def _report_forever(self) -> None:
+        while True:
+            try:
+                reply = await asyncio.wait_for(
+                    self._router.report.remote(self._core.report()), CALL_TIMEOUT_S
+                )
+            except Exception:
+                _log.warning("the router does not answer; what runs goes on")
+            else:
+                self._heed(reply)
+            await asyncio.sleep(REPORT_S)
+
+    def _heed(self, reply: ReportReply) -> None:
+        self._outstanding_steps = reply.outstanding_steps
+        for task_id in reply.cancel:
+            if (call := self._calls.get(task_id)) is not None:
+                _log.warning("nobody waits for task %s any more", task_id)
+                call.cancel()

@@ -1,0 +1,151 @@
+"""Router, gateway and workers in one process: plain calls carry what Ray carries elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from typing import TypeVar
+
+from server.config import ServeConfig
+from server.messages import PictureTask, WorkerEvent
+from server.ray_dispatch import RayDispatcher
+from server.remote import ReplicaLostError
+from server.router import Router
+from server.routing import Grant, Pulse, RouterNews, Ticket
+from server.settings import Settings
+from server.worker_core import WorkerCore
+
+REPORT_S = 0.05
+_T = TypeVar("_T")
+
+
+class Wire:
+    """Streaming calls to one process, all of which break when it is killed."""
+
+    def __init__(self) -> None:
+        self.killed = False
+        self._pumps: set[asyncio.Task[None]] = set()
+
+    def kill(self) -> None:
+        self.killed = True
+        self.cut()
+
+    def cut(self) -> None:
+        for pump in self._pumps:
+            pump.cancel()
+
+    async def stream(self, items: AsyncGenerator[_T, None]) -> AsyncGenerator[_T, None]:
+        if self.killed:
+            raise ReplicaLostError("it was killed")
+        arrived: asyncio.Queue[_T | ReplicaLostError | None] = asyncio.Queue()
+
+        async def pump() -> None:
+            try:
+                async with aclosing(items):
+                    async for item in items:
+                        arrived.put_nowait(item)
+                arrived.put_nowait(None)
+            except asyncio.CancelledError:
+                arrived.put_nowait(ReplicaLostError("it was killed"))
+                raise
+
+        pumping = asyncio.create_task(pump())
+        self._pumps.add(pumping)
+        try:
+            while (item := await arrived.get()) is not None:
+                if isinstance(item, ReplicaLostError):
+                    raise item
+                yield item
+        finally:
+            pumping.cancel()
+            await asyncio.gather(pumping, return_exceptions=True)
+            self._pumps.discard(pumping)
+
+
+class RouterProcess:
+    """Implements :class:`server.remote.RouterClient`."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._config = config
+        self._wire = Wire()
+        self.router = Router(config)
+        self.router.start()
+
+    async def restart(self) -> None:
+        """Another one that knows nothing; every call to the old one breaks."""
+        await self.router.close()
+        self.router = Router(self._config)
+        self.router.start()
+        self._wire.cut()
+
+    def admit(self, tickets: Sequence[Ticket], watching: bool) -> AsyncGenerator[RouterNews, None]:
+        return self._wire.stream(self.router.admit(tickets, watching))
+
+    async def heartbeat(
+        self, gateway: str, running: Sequence[Grant], ended: Sequence[str]
+    ) -> Pulse:
+        return await self.router.heartbeat(gateway, running, ended)
+
+    async def lose(self, worker: str) -> None:
+        await self.router.lose(worker)
+
+    async def metrics(self) -> Sequence[tuple[str, bytes]]:
+        return [("router", self.router.metrics_text())]
+
+
+class WorkerProcesses:
+    """Implements :class:`server.remote.WorkersClient`."""
+
+    def __init__(self, router: RouterProcess, workers: Sequence[WorkerCore]) -> None:
+        self._router = router
+        self.workers = {worker.name: worker for worker in workers}
+        self._wires = {name: Wire() for name in self.workers}
+        self.drawn: list[tuple[str, PictureTask]] = []
+        """(worker, task) of every call."""
+        self._reporting = [asyncio.create_task(self._report(worker)) for worker in workers]
+
+    def kill(self, name: str) -> None:
+        """Nothing more comes from it: calls break, and it falls silent."""
+        self._wires[name].kill()
+
+    def draw(self, worker: str, task: PictureTask) -> AsyncGenerator[WorkerEvent, None]:
+        self.drawn.append((worker, task))
+        return self._wires[worker].stream(self.workers[worker].draw(task))
+
+    async def metrics(self) -> Sequence[tuple[str, bytes]]:
+        return [(name, worker.metrics_text()) for name, worker in self.workers.items()]
+
+    async def close(self) -> None:
+        for reporting in self._reporting:
+            reporting.cancel()
+        await asyncio.gather(*self._reporting, return_exceptions=True)
+
+    async def _report(self, worker: WorkerCore) -> None:
+        while not self._wires[worker.name].killed:
+            await self._router.router.report(worker.report())
+            await asyncio.sleep(REPORT_S)
+
+
+@asynccontextmanager
+async def routed(
+    config: ServeConfig, settings: Settings, *, workers: int = 1
+) -> AsyncIterator[tuple[RayDispatcher, RouterProcess, WorkerProcesses]]:
+    """A gateway's dispatcher over a router and open workers."""
+    cores = [WorkerCore(config, settings, name=f"worker-{i}") for i in range(workers)]
+    for core in cores:
+        await asyncio.to_thread(core.open)
+    router = RouterProcess(config)
+    processes = WorkerProcesses(router, cores)
+    dispatcher = RayDispatcher(config, router, processes, name="gateway-0")
+    dispatcher.start()
+    try:
+        while not (await dispatcher.readiness()).ready:
+            await dispatcher.load()  # asks the router afresh
+        yield dispatcher, router, processes
+    finally:
+        await dispatcher.close(0.0)
+        await processes.close()
+        await router.router.close()
+        for core in cores:
+            await asyncio.to_thread(core.close, 0.0)
