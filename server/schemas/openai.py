@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from server.messages import PictureFormat
 from server.schemas.base import Reply
@@ -13,6 +13,15 @@ from server.schemas.draw import DrawBody, DrawnReply
 
 class GenerationBody(DrawBody):
     """A request for pictures from a prompt."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"prompt": "a red umbrella"},
+                {"prompt": "a red umbrella", "n": 2, "seed": 7, "steps": 10, "guidance": 5.0},
+            ]
+        }
+    )
 
     prompt: Annotated[str, Field(min_length=1, max_length=32_000, examples=["a red umbrella"])]
     """What to draw. The configured bound on its length is usually lower."""

@@ -98,6 +98,12 @@ class DrawSettings(Lenient):
 class Txt2ImgBody(DrawSettings):
     """Pictures from a prompt."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"prompt": "a red umbrella", "sampler_name": "DPM++ 2M", "steps": 10}]
+        }
+    )
+
     denoising_strength: float | None = None
     """Without effect here: it belongs to the second pass that `enable_hr` asks for."""
     enable_hr: bool | None = False

@@ -46,10 +46,9 @@ LOCKED = ServeConfig(
 
 
 def explore(
-    app: Any, mode: GenerationMode, *, examples: int, headers: dict[str, str] | None = None
+    schema: Any, mode: GenerationMode, *, examples: int, headers: dict[str, str] | None = None
 ) -> Iterator[str]:
     """Make up ``examples`` requests of every operation; yields the name of each when it is done."""
-    schema = schemathesis.openapi.from_asgi("/openapi.json", app)
     for result in schema.get_all_operations():
         assert isinstance(result, Ok)
         operation = result.ok()
@@ -72,15 +71,19 @@ def explore(
         yield operation.label
 
 
+def schema_of(dispatcher: ScriptedDispatcher, config: ServeConfig) -> Any:
+    app = create_app(services_of(dispatcher, config))
+    return schemathesis.openapi.from_asgi("/openapi.json", app)
+
+
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
 def test_made_up_requests_meet_documented_replies_only(mode: GenerationMode) -> None:
-    app = create_app(services_of(ScriptedDispatcher(), OPEN))
-    seen = list(explore(app, mode, examples=5))
+    seen = list(explore(schema_of(ScriptedDispatcher(), OPEN), mode, examples=5))
     assert {"POST /v1/images/generations", "POST /sdapi/v1/img2img", "GET /metrics"} <= set(seen)
 
 
 @pytest.mark.parametrize("key", ["", KEY.key])
 def test_with_keys_too(key: str) -> None:
-    app = create_app(services_of(ScriptedDispatcher(), LOCKED))
+    schema = schema_of(ScriptedDispatcher(), LOCKED)
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    assert list(explore(app, GenerationMode.POSITIVE, examples=2, headers=headers))
+    assert list(explore(schema, GenerationMode.POSITIVE, examples=2, headers=headers))

@@ -246,3 +246,26 @@ def test_an_unplanned_error_is_logged_with_its_traceback(logged: io.StringIO) ->
     assert "boom" in crash["error"]
     assert crash["request_id"] == request["request_id"]
     assert (request["level"], request["outcome"]) == ("error", "internal_error")
+
+
+def test_the_log_level_is_switched_while_it_runs(logged: io.StringIO) -> None:
+    path = "/v1/admin/log-level"
+    assert client_of(config=LOCKED, key=USER.key).get(path).status_code == 403
+    client = client_of(config=LOCKED, key=OPERATOR.key)
+    assert client.get(path).json() == {"level": "info"}
+    assert client.put(path, json={"level": "error"}).json() == {"level": "error"}
+    written = len(lines(logged))
+    client.get("/healthz")
+    assert len(lines(logged)) == written
+    assert client.put(path, json={"level": "loud"}).status_code == 400
+    client.put(path, json={"level": "info"})
+    client.get("/healthz")
+    assert lines(logged)[-1]["route"] == "/healthz"
+
+
+def test_text_logs_are_for_people(logged: io.StringIO) -> None:
+    configure_logging(LoggingConfig(format="text"), logged)
+    client_of().get("/healthz", headers={"x-request-id": "abc"})
+    (line,) = logged.getvalue().splitlines()
+    assert "info    request request_id=abc" in line
+    assert "status=200 outcome=ok" in line
