@@ -88,14 +88,14 @@ class Links:
             rows=0,
             listed=False,
         )
-        owner = spec.id  # nobody's: there is nothing left to draw
-        await self._store.create(Job(spec=spec, state=JobState(), owner=owner))
+        job = Job(spec=spec, state=JobState(), owner=spec.id)  # its own: nothing is left to draw
+        await self._store.create(job)
         kept = tuple(
             JobPicture(index, picture.format, picture.data)
             for index, picture in enumerate(pictures)
         )
         state = JobState(status="succeeded", finished_at_s=now_s)
-        await self._store.write(spec.id, owner, Change(state=state, pictures=kept))
+        await self._store.write(job, Change(state=state, pictures=kept))
         return [await self.path(spec.id, item.index, item.format) for item in kept]
 
 

@@ -138,12 +138,13 @@ class MemoryJobStore:
 
     # ---------------------------------------------------------------- owners
 
-    async def write(self, job_id: str, owner: str, change: Change) -> bool:
+    async def write(self, job: Job, change: Change) -> bool:
         """See :class:`JobStore`."""
+        job_id = job.spec.id
         entry = self._entry(job_id)
         if entry is None:
             raise JobGoneError("the store does not know the job")
-        if entry.job.owner != owner or entry.job.state.final:
+        if entry.job.owner != job.owner or entry.job.state.final:
             raise JobLostError("the job has another owner, or is done")
         for event in change.events:
             if event.number > entry.last_number:

@@ -100,12 +100,12 @@ class Outbox:
 
     async def _write(self, change: Change) -> bool:
         try:
-            return await self._store.write(self._job.spec.id, self._job.owner, change)
+            return await self._store.write(self._job, change)
         except JobGoneError:
             _log.warning("the store has lost a job that is being drawn; it gets it again")
             await self._store.restore(replace(self._job, state=replace(change.state, **_OPEN)))
             whole = replace(change, pictures=tuple(self._pictures.values()))
-            return await self._store.write(self._job.spec.id, self._job.owner, whole)
+            return await self._store.write(self._job, whole)
 
     def _take(self) -> Change:
         change = Change(

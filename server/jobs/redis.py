@@ -178,18 +178,14 @@ class RedisJobStore:
 
     # ---------------------------------------------------------------- owners
 
-    async def write(self, job_id: str, owner: str, change: Change) -> bool:
+    async def write(self, job: Job, change: Change) -> bool:
         """See :class:`JobStore`."""
-        job = await self.job(job_id)
-        if job is None:
-            raise JobGoneError("the store does not know the job")
-        count = len(job.spec.seeds)
+        job_id, count, final = job.spec.id, len(job.spec.seeds), change.state.final
         kinds = ("unfinished", "finished", "webhooks", "held", "sizes")
         keys = [key("job", job_id), key("events", job_id), *map(key, kinds), *_blob_keys(job)]
-        final = change.state.final
-        arguments: list[Any] = [job_id, owner, self._now_s(), self._life_ms(job, final=final)]
+        arguments: list[Any] = [job_id, job.owner, self._now_s(), self._life_ms(job, final=final)]
         arguments += [MAX_EVENTS, state_json(change.state), int(final)]
-        arguments += [int(job.spec.webhook is not None), count, len(change.events)]
+        arguments += [int(job.spec.webhook is not None), count, len(change.events), key("news")]
         for event in change.events:
             arguments += [event.number, event.name, json.dumps(event.data)]
         for picture in change.pictures:
@@ -201,7 +197,7 @@ class RedisJobStore:
             raise JobGoneError("the store does not know the job")
         if said[0] == b"lost":
             raise JobLostError("the job has another owner, or is done")
-        await self._tell(job_id)
+        self._bell.ring(job_id)
         if final:
             await self.sweep()
         return bool(said[1] == b"1")

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
-from engine.errors import DarkroomError
+from engine.errors import ClosedError, DarkroomError
 from server.config import JobsConfig
 from server.dispatch import Dispatcher
 from server.errors import ConflictError, JobsUnavailableError, NotFoundError
@@ -92,6 +92,7 @@ class JobRunner:
         self._runs: dict[asyncio.Task[None], Drive] = {}
         self._background: list[asyncio.Task[None]] = []
         self._adopt_after_s = 0.0
+        self._closing = False
 
     @property
     def store(self) -> JobStore:
@@ -124,6 +125,7 @@ class JobRunner:
 
     async def close(self, timeout_s: float) -> None:
         """Finish what is drawn, for at most ``timeout_s``; what is left is left to others."""
+        self._closing = True
         for run in [run for run, drive in self._runs.items() if not drive.admitted]:
             run.cancel()
         if self._runs:
@@ -148,8 +150,11 @@ class JobRunner:
 
         Raises:
             ConflictError: the key was used with another body, or its job is gone.
+            ClosedError: this gateway is closing.
             JobsFullError, JobsUnavailableError: as :class:`JobStore` says.
         """
+        if self._closing:
+            raise ClosedError("the server is shutting down and takes no more jobs")
         job = Job(spec=spec, state=JobState(), owner=self._owner)
         await self._store.beat(self._owner, self._alive_s)
         known = await self._store.create(job, key)

@@ -31,7 +31,8 @@ return {'made'}
 # KEYS job, events, unfinished, finished, webhooks, held, sizes, then every picture's key, then
 #      every preview's
 # ARGV id, owner, now_s, life_ms, max_events, state, final, webhook, number of pictures,
-#      number of events, (number, name, data)…, then (position among the keys after sizes, value)…
+#      number of events, channel, (number, name, data)…, then (position among the keys after sizes,
+#      value)…
 WRITE = """
 local owner, final, state, last = unpack(redis.call('HMGET', KEYS[1],
                                                     'owner', 'final', 'state', 'last'))
@@ -39,7 +40,7 @@ if not owner then return {'gone'} end
 if owner ~= ARGV[2] or (final == '1' and state ~= ARGV[6]) then return {'lost'} end
 if final == '1' then return {'written', '0'} end
 local life, pictures = ARGV[4], tonumber(ARGV[9])
-local at = 11
+local at = 12
 for _ = 1, tonumber(ARGV[10]) do
   if tonumber(ARGV[at]) > tonumber(last) then
     last = ARGV[at]
@@ -72,6 +73,7 @@ if ARGV[7] == '1' then
     else redis.call('DEL', KEYS[i]) end
   end
 end
+redis.call('PUBLISH', ARGV[11], ARGV[1])
 return {'written', redis.call('HGET', KEYS[1], 'cancel')}
 """
 

@@ -131,8 +131,8 @@ class JobStore(Protocol):
 
     # ---------------------------------------------------------------- owners
 
-    async def write(self, job_id: str, owner: str, change: Change) -> bool:
-        """Add to a job; a final state ends it, and files its webhook as due.
+    async def write(self, job: Job, change: Change) -> bool:
+        """Add to what ``job.owner`` owns; a final state ends it, and files its webhook as due.
 
         Returns:
             Whether somebody asked to cancel it.

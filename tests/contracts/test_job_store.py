@@ -98,9 +98,16 @@ def event(number: int, name: str = "progress") -> JobEvent:
     return JobEvent(number, name, {"step": number, "text": "ünïcode\n"})
 
 
-async def finish(store: JobStore, job_id: str, *, size: int = 0, at_s: float = 1000.0) -> None:
+async def finish(
+    store: JobStore,
+    job_id: str,
+    *,
+    size: int = 0,
+    at_s: float = 1000.0,
+    hook: WebhookTarget | None = None,
+) -> None:
     pictures = (JobPicture(0, "png", b"x" * size),) if size else ()
-    await store.write(job_id, A, Change(state=ended(at_s=at_s), pictures=pictures))
+    await store.write(job(job_id, webhook=hook), Change(state=ended(at_s=at_s), pictures=pictures))
 
 
 async def test_a_job_comes_back_as_it_was(store: JobStore) -> None:
@@ -127,7 +134,7 @@ async def test_nothing_is_known_of_a_job_that_is_not_there(store: JobStore) -> N
     await store.cancel("no")
     await store.forget("no")
     with pytest.raises(JobGoneError):
-        await store.write("no", A, Change(state=JobState()))
+        await store.write(job("no"), Change(state=JobState()))
 
 
 async def test_a_key_names_one_job_of_its_tenant(store: JobStore) -> None:
@@ -180,9 +187,9 @@ async def test_a_tenant_lists_its_own_newest_first(store: JobStore) -> None:
 async def test_events_are_kept_in_order_and_read_from_anywhere(store: JobStore) -> None:
     await store.create(job())
     first = Change(state=JobState(), events=(event(1), event(2)))
-    await store.write("j1", A, first)
-    await store.write("j1", A, first)  # the answer was lost, so it was sent again
-    await store.write("j1", A, Change(state=JobState(), events=(event(2), event(3))))
+    await store.write(job(), first)
+    await store.write(job(), first)  # the answer was lost, so it was sent again
+    await store.write(job(), Change(state=JobState(), events=(event(2), event(3))))
     assert await store.events("j1", 0) == [event(1), event(2), event(3)]
     assert await store.events("j1", 2) == [event(3)]
     assert await store.events("j1", 3) == []
@@ -193,21 +200,22 @@ async def test_events_are_bounded_and_the_newest_stay(store: JobStore) -> None:
     await store.create(job())
     for start in range(1, 4200, 100):
         some = tuple(event(number) for number in range(start, start + 100))
-        await store.write("j1", A, Change(state=JobState(), events=some))
+        await store.write(job(), Change(state=JobState(), events=some))
     kept = await store.events("j1", 0, limit=10_000)
     assert [kept[0].number, kept[-1].number, len(kept)] == [105, 4200, 4096]
 
 
 async def test_pictures_and_the_latest_preview(store: JobStore) -> None:
-    await store.create(job(pictures=2))
+    made = job(pictures=2)
+    await store.create(made)
     early = JobPicture(1, "webp", b"\x00\n\xffdata\n")
     previews = (JobPreview(0, 1, b"a"), JobPreview(0, 2, b"\nb"))
-    await store.write("j1", A, Change(state=JobState(), pictures=(early,), previews=previews))
+    await store.write(made, Change(state=JobState(), pictures=(early,), previews=previews))
     assert await store.picture("j1", 1) == early
     assert await store.picture("j1", 0) is None
     assert await store.preview("j1", 0) == JobPreview(0, 2, b"\nb")
     late = JobPicture(0, "png", b"late")
-    await store.write("j1", A, Change(state=ended(pictures=2), pictures=(late,)))
+    await store.write(made, Change(state=ended(pictures=2), pictures=(late,)))
     assert await store.picture("j1", 0) == late
     assert await store.preview("j1", 0) is None  # the picture itself is there now
 
@@ -215,9 +223,9 @@ async def test_pictures_and_the_latest_preview(store: JobStore) -> None:
 async def test_a_final_state_is_final_and_may_be_written_twice(store: JobStore) -> None:
     await store.create(job())
     last = Change(state=ended("failed"), events=(event(1),))
-    await store.write("j1", A, last)
+    await store.write(job(), last)
     with pytest.raises(JobLostError):
-        await store.write("j1", A, Change(state=ended("succeeded")))
+        await store.write(job(), Change(state=ended("succeeded")))
     found = await store.job("j1")
     assert found is not None
     assert found.state.status == "failed"
@@ -226,18 +234,18 @@ async def test_a_final_state_is_final_and_may_be_written_twice(store: JobStore) 
 async def test_only_the_owner_writes(store: JobStore) -> None:
     await store.create(job())
     with pytest.raises(JobLostError):
-        await store.write("j1", B, Change(state=ended(), events=(event(1),)))
+        await store.write(job(owner=B), Change(state=ended(), events=(event(1),)))
     assert await store.events("j1", 0) == []
 
 
 async def test_cancelling_is_heard_with_the_next_write(store: JobStore) -> None:
     await store.create(job())
-    assert await store.write("j1", A, Change(state=JobState())) is False
+    assert await store.write(job(), Change(state=JobState())) is False
     await store.cancel("j1")
     found = await store.job("j1")
     assert found is not None
     assert found.cancelling
-    assert await store.write("j1", A, Change(state=JobState())) is True
+    assert await store.write(job(), Change(state=JobState())) is True
     await finish(store, "j1")
     await store.cancel("j1")  # too late, and no harm
 
@@ -255,8 +263,9 @@ async def test_only_finished_jobs_are_forgotten(store: JobStore) -> None:
 
 async def test_an_owner_that_stops_beating_loses_its_jobs(store: JobStore) -> None:
     await store.beat(B, ALIVE_S)
-    await store.create(job("j1", pictures=2))
-    await store.write("j1", A, Change(state=JobState(status="running"), events=(event(1),)))
+    made = job("j1", pictures=2)
+    await store.create(made)
+    await store.write(made, Change(state=JobState(status="running"), events=(event(1),)))
     await store.create(job("j2", owner=B))
     await store.create(job("j3"))
     await finish(store, "j3")
@@ -266,8 +275,8 @@ async def test_an_owner_that_stops_beating_loses_its_jobs(store: JobStore) -> No
     assert (mine.spec.id, mine.owner, mine.state.attempts) == ("j1", B, 2)
     assert await store.adopt(B, limit=10) == []
     with pytest.raises(JobLostError):  # it was only asleep
-        await store.write("j1", A, Change(state=ended()))
-    await store.write("j1", B, Change(state=mine.state, events=(event(2),)))
+        await store.write(made, Change(state=ended()))
+    await store.write(mine, Change(state=mine.state, events=(event(2),)))
     found = await store.job("j1")
     assert found is not None
     assert found.state.attempts == 2
@@ -292,7 +301,7 @@ async def test_a_lost_job_is_restored_by_its_owner(make: MakeStore) -> None:
     lost = replace(job(), state=JobState(status="running", attempts=2))
     await store.restore(lost)
     assert await store.job("j1") == lost
-    await store.write("j1", A, Change(state=lost.state, events=(event(5),)))
+    await store.write(lost, Change(state=lost.state, events=(event(5),)))
     await store.restore(lost)  # it is there: nothing is overwritten
     assert await store.events("j1", 0) == [event(5)]
 
@@ -312,8 +321,9 @@ async def test_what_was_finished_first_goes_first_when_there_is_too_much(store: 
 
 
 async def test_time_runs_out(store: JobStore, now: Now) -> None:
-    await store.create(job(webhook=WebhookTarget(url="https://h/", secret="s")))
-    await finish(store, "j1", size=10)
+    hook = WebhookTarget(url="https://h/", secret="s")
+    await store.create(job(webhook=hook))
+    await finish(store, "j1", size=10, hook=hook)
     now.time_s += 101.0
     await store.sweep()
     assert await store.job("j1") is None
@@ -326,7 +336,7 @@ async def test_a_waiter_is_woken(store: JobStore) -> None:
     await store.start()
     waiting = asyncio.create_task(store.heard("j1", 30.0))
     await asyncio.sleep(0)
-    await store.write("j1", A, Change(state=JobState(), events=(event(1),)))
+    await store.write(job(), Change(state=JobState(), events=(event(1),)))
     await asyncio.wait_for(waiting, 10.0)
     await store.heard("j1", 0.01)  # nothing rings, and it returns all the same
 
@@ -336,7 +346,7 @@ async def test_webhooks_are_due_until_they_are_settled(store: JobStore, now: Now
     await store.create(job("j1", webhook=hook))
     await store.create(job("j2"))
     assert await store.due_webhook(60.0) is None
-    await finish(store, "j1")
+    await finish(store, "j1", hook=hook)
     await finish(store, "j2")
     due = await store.due_webhook(60.0)
     assert due is not None

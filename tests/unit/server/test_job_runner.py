@@ -41,10 +41,10 @@ class Shaky(MemoryJobStore):
         self.away = False
         self.writes: list[Change] = []
 
-    async def write(self, job_id: str, owner: str, change: Change) -> bool:
+    async def write(self, job: Job, change: Change) -> bool:
         self._check()
         self.writes.append(change)
-        return await super().write(job_id, owner, change)
+        return await super().write(job, change)
 
     async def job(self, job_id: str) -> Job | None:
         self._check()

@@ -186,9 +186,10 @@ class Bench:
         return self.addresses.pop(0) if self.addresses else [PUBLIC]
 
     async def finish(self, url: str = "https://hooks.example.com/done?a=b") -> None:
-        await self.store.create(job(webhook=WebhookTarget(url=url, secret=SECRET), owner="g"))
+        made = job(webhook=WebhookTarget(url=url, secret=SECRET))
+        await self.store.create(made)
         ended = JobState(status="succeeded", finished_at_s=1000.0, pictures={"0": {}})
-        await self.store.write("j1", "g", Change(state=ended))
+        await self.store.write(made, Change(state=ended))
 
     async def deliver(self) -> None:
         """Whatever is due now."""
