@@ -314,7 +314,11 @@ class Engine:
                 height_px=resolved.height_px,
                 model=served.name,
                 plan_digest=model.digest,
-                approximations={**model.approximations, **visit.approximations},
+                approximations={
+                    **model.approximations,
+                    **model.vae.approximations(resolved.width_px, resolved.height_px),
+                    **visit.approximations,
+                },
                 reuse=visit.reuse,
                 timings=timings,
             )

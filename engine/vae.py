@@ -8,6 +8,7 @@ inpainting pipelines to the last rounding.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional
 
 from engine.errors import ExecutionError, UnsupportedError
 from engine.types import Image
+from engine.vae_tiles import Tiling, run_in_tiles
 
 if TYPE_CHECKING:
     from engine.compile.manifest import LatentSpec
@@ -35,6 +37,7 @@ class Vae:
             unscaled latent, side by side; None where the plan has none.
         device: where the graphs take their inputs.
         budget_px: bound on the pixels decoded at once; a larger picture is decoded alone.
+        tiling: which pictures are cut into tiles, and how.
     """
 
     def __init__(
@@ -45,12 +48,19 @@ class Vae:
         *,
         device: torch.device,
         budget_px: int = DEFAULT_BUDGET_PX,
+        tiling: Tiling | None = None,
     ) -> None:
         self._latent = latent
         self._decoder = decoder
         self._encoder = encoder
         self._device = device
         self._budget_px = budget_px
+        self._tiling = tiling or Tiling()
+
+    def approximations(self, width_px: int, height_px: int) -> dict[str, str]:
+        """What it approximates in a picture of this size, by name, with its dial."""
+        applies = self._tiling.applies(height_px, width_px)
+        return {"vae_tiles": self._tiling.dial} if applies else {}
 
     def decode(self, latents: torch.Tensor) -> list[Image]:
         """Pictures of (batch, channels, height, width) latents.
@@ -93,7 +103,12 @@ class Vae:
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         unscaled = latents.float() / self._latent.scaling + self._latent.shift
-        pictures = _run(self._decoder, unscaled, self._device).float()
+        factor = self._latent.factor_px
+        height_px, width_px = (side * factor for side in unscaled.shape[-2:])
+        if self._tiling.applies(height_px, width_px):
+            pictures = self._in_tiles(self._decoder, unscaled, Fraction(factor))
+        else:
+            pictures = _run(self._decoder, unscaled, self._device).float()
         if not bool(torch.isfinite(pictures).all()):
             raise ExecutionError(f"{self._decoder.spec.name}: gave NaN or infinite values")
         return (pictures * 0.5 + 0.5).clamp(0, 1)
@@ -101,13 +116,34 @@ class Vae:
     def _encode(self, picture: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         if self._encoder is None:
             raise UnsupportedError("this plan has no encoder, so it takes no images")
-        moments = _run(self._encoder, picture[None], self._device).float().cpu()[0]
+        if self._tiling.applies(*picture.shape[-2:]):
+            scale = Fraction(1, self._latent.factor_px)
+            moments = self._in_tiles(self._encoder, picture[None], scale)[0]
+        else:
+            moments = _run(self._encoder, picture[None], self._device).float().cpu()[0]
         if not bool(torch.isfinite(moments).all()):
             raise ExecutionError(f"{self._encoder.spec.name}: gave NaN or infinite values")
         mean, log_variance = moments.chunk(2)
         deviation = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
         noise = torch.randn((1, *mean.shape), generator=generator)[0]
         return (mean + deviation * noise - self._latent.shift) * self._latent.scaling
+
+    def _in_tiles(self, graph: Graph, whole: torch.Tensor, scale: Fraction) -> torch.Tensor:
+        """Run a graph tile by tile, each picture of the batch alone."""
+        cell_px = self._latent.factor_px if scale > 1 else 1
+        return torch.cat(
+            [
+                run_in_tiles(
+                    lambda tile: _run(graph, tile, self._device).float(),
+                    one[None],
+                    tile=self._tiling.tile_px // cell_px,
+                    overlap=self._tiling.overlap,
+                    scale=scale,
+                    least=self._latent.min_px // cell_px,
+                )
+                for one in whole
+            ]
+        )
 
 
 def _run(graph: Graph, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
