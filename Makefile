@@ -34,6 +34,7 @@ test: $(INSTALLED) ## Lint, units, contracts, one end-to-end of each kind (at mo
 test-full: $(INSTALLED) ## Everything: the tests above and the long rest
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m tests.clients.browser
 	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile -m "full or not full"
 
 lint: $(INSTALLED) ## ruff and mypy --strict

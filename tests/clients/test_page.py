@@ -125,9 +125,10 @@ def pixels(data: bytes) -> Image:
         return np.asarray(picture.convert("RGB"), dtype=np.uint8)
 
 
-def keep(page: Page, name: str) -> None:
+def keep(page: Page, name: str, *, full_page: bool = True) -> None:
+    """A screenshot as artefact; ``docs/page.png`` is a copy of ``page``."""
     ARTEFACTS.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=ARTEFACTS / f"{name}.png", full_page=True)
+    page.screenshot(path=ARTEFACTS / f"{name}.png", full_page=full_page)
 
 
 # ---------------------------------------------------------------------- every run
@@ -168,7 +169,8 @@ def test_a_newcomer_types_a_prompt_and_watches_it_develop(visit: Open, served: s
     expect(scrub).to_have_attribute("aria-valuetext", re.compile("^step 1 of"))
     assert page.locator("#pictures img").get_attribute("src") == frames[0]
     page.keyboard.press("End")
-    keep(page, "page-dark")
+    page.evaluate("scrollTo(0, 0)")
+    keep(page, "page", full_page=False)
 
 
 @pytest.mark.full
