@@ -128,7 +128,8 @@ def pixels(data: bytes) -> Image:
 def keep(page: Page, name: str, *, full_page: bool = True) -> None:
     """A screenshot as artefact; ``docs/page.png`` is a copy of ``page``."""
     ARTEFACTS.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=ARTEFACTS / f"{name}.png", full_page=full_page)
+    path = ARTEFACTS / f"{name}.png"
+    page.screenshot(path=path, full_page=full_page, animations="disabled")
 
 
 # ---------------------------------------------------------------------- every run
@@ -169,7 +170,7 @@ def test_a_newcomer_types_a_prompt_and_watches_it_develop(visit: Open, served: s
     expect(scrub).to_have_attribute("aria-valuetext", re.compile("^step 1 of"))
     assert page.locator("#pictures img").get_attribute("src") == frames[0]
     page.keyboard.press("End")
-    page.evaluate("scrollTo(0, 0)")
+    page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
     keep(page, "page", full_page=False)
 
 
