@@ -38,6 +38,8 @@ class AdmissionPolicy:
 
     depth: float = 2.0
     """Saturation batches on a worker from which on it gets no further ticket."""
+    max_live: int = 256
+    """Tickets on a worker at most, however narrow."""
     lease_s: float = 15.0
     """A lease that its gateway has not renewed for so long is void."""
     report_s: float = 5.0
@@ -57,12 +59,14 @@ class _Worker:
 
     report: WorkerReport
     heard_at_s: float
+    held: int = 0
     batches: float = 0.0
     busy_s: float = 0.0
 
     def add(self, ticket: Ticket, steps_left: float) -> None:
         """Count a ticket that it holds."""
         rate = self.report.rates.get(ticket.model) or next(iter(self.report.rates.values()), None)
+        self.held += 1
         if rate is None:  # nothing measured yet: one ticket fills it
             self.batches += 1e9
         else:
@@ -329,7 +333,11 @@ class Admission:
     ) -> _Worker | None:
         """The worker for the next ticket of ``model``, or None while it has to wait."""
         have = [worker for worker in fleet if model in worker.report.rates]
-        room = [worker for worker in fleet if worker.batches < self._policy.depth]
+        room = [
+            worker
+            for worker in fleet
+            if worker.batches < self._policy.depth and worker.held < self._policy.max_live
+        ]
         near = [worker for worker in room if worker in have]
         if not near and have:
             near = [worker for worker in room if not wanted & worker.report.rates.keys()]

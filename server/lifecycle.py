@@ -141,6 +141,7 @@ class Application:
                     log_to_driver=False,
                     logging_level="error",
                 )
+            _end_spare_processes()
         from ray import serve
 
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
@@ -177,6 +178,20 @@ class Application:
         ray.shutdown()
         if self._log is not None:
             self._log.close()
+
+
+def _end_spare_processes() -> None:
+    """End what Ray starts for clusters, and nobody asks for on one machine: 290 MB.
+
+    The dashboard's head (there without a dashboard too), the monitor that adds nodes, and the one
+    that prints logs at the driver, which :mod:`server.log_pipe` does. Ray has no option for any.
+    """
+    from ray._private import worker
+
+    node = worker._global_node
+    node.kill_dashboard(check_alive=False)
+    node.kill_monitor(check_alive=False)
+    node.kill_log_monitor(check_alive=False)
 
 
 @contextlib.contextmanager

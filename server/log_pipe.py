@@ -18,6 +18,8 @@ from server.config import LoggingConfig
 from server.request_log import configure_logging
 
 _READ_BYTES = 1 << 16
+_LIBRARIES = ("asyncio", "uvicorn")
+"""What they have to say is in their own files otherwise, where nobody looks."""
 
 
 class LogPipe:
@@ -62,3 +64,9 @@ def log_to(pipe: Path | None, config: LoggingConfig) -> None:
         except OSError:
             logging.getLogger(__name__).warning("no log pipe at %s; using standard error", pipe)
     configure_logging(config, stream)
+    ours = logging.getLogger("server")
+    for name in _LIBRARIES:
+        library = logging.getLogger(name)
+        library.handlers = ours.handlers
+        library.propagate = False
+        library.setLevel(logging.WARNING)

@@ -10,6 +10,7 @@ dies, running pictures notice nothing, and waiting ones are admitted again with 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
@@ -48,6 +49,7 @@ MAX_ATTEMPTS = 2
 """Workers that a picture may start on."""
 _UNREAD = 8
 """News of a request that may wait to be read; then its workers' streams wait."""
+_PAUSE_S = 0.1
 _GRACE_S = 2.0
 """How long after a deadline the router's word on it is waited for."""
 
@@ -77,6 +79,7 @@ class Drawing:
     def __init__(self, tasks: Sequence[PictureTask], around: Surroundings) -> None:
         self._around = around
         self._tasks = {task.id: task for task in tasks}
+        """By the name of each start; the snapshot in it is the last that was heard of."""
         self._began_at_s = around.clock.now_s()
         deadlines = [task.deadline_at_s for task in tasks if task.deadline_at_s is not None]
         self._deadline_at_s = min(deadlines, default=self._began_at_s + around.timeout_s)
@@ -217,7 +220,7 @@ class Drawing:
                         late = DeadlineExceededError("the deadline passed in the queue")
                         await self._fail(ticket, late)
                     case Place():
-                        index = self._task(pending[news.ticket_id]).index
+                        index = self._tasks[news.ticket_id].index
                         await self._news.put(Queued(index, news.position, news.steps_ahead))
                 # Admitted once: a second time, neither bound nor deadline stands in the way.
                 pending.update({i: replace(t, resumed=True) for i, t in pending.items()})
@@ -226,49 +229,61 @@ class Drawing:
 
     async def _run(self, grant: Grant) -> None:
         """Draw one picture on the worker that was granted, and if that dies on another."""
-        task = self._task(grant.ticket)
-        for attempt in range(1, MAX_ATTEMPTS + 1):
-            waited_s = self._around.clock.now_s() - self._began_at_s
-            sent = replace(task, id=grant.ticket.id)
-            lost: DarkroomError = ReplicaLostError("the worker ended the picture without a word")
+        deaths = 0
+        for number in itertools.count(2):
             try:
-                async with aclosing(self._around.workers.draw(grant.worker, sent)) as events:
-                    async for event in events:
-                        match event:
-                            case Checkpointed():
-                                task = replace(task, snapshot=event.snapshot)
-                            case Started():
-                                await self._news.put(replace(event, attempt=attempt))
-                            case Drawn():
-                                await self._news.put(_after(event, waited_s, attempt))
-                                return
-                            case Failed(error=ClosedError() | CancelledError()):
-                                lost = event.error  # nobody here asked it to
-                                break
-                            case _:
-                                await self._news.put(event)
-                                if isinstance(event, Failed):
-                                    return
-            except ReplicaLostError as error:
-                lost = error
-                await self._tell_lost(grant.worker)
+                unfinished = await self._draw(grant, attempt=deaths + 1)
             finally:
                 self._around.ledger.end(grant.ticket.id)
-            _log.warning("task %s lost its worker %s: %s", task.id, grant.worker, lost)
-            if attempt < MAX_ATTEMPTS:
-                again = self._grants([self._resumed(grant.ticket, attempt + 1)])
-                async with aclosing(again) as grants:
-                    if (next_grant := await anext(grants, None)) is None:
-                        return  # its deadline passed
-                    grant = next_grant
-        await self._fail(grant.ticket, WorkerLostError("two workers died with this picture"))
+            if unfinished is None:
+                return
+            name = grant.ticket.id
+            _log.warning("task %s is not finished by %s: %s", name, grant.worker, unfinished)
+            if isinstance(unfinished, OverloadedError):
+                await asyncio.sleep(_PAUSE_S)  # full after all: the router's count is a moment old
+            else:
+                await self._tell_lost(grant.worker)
+            deaths += isinstance(unfinished, ReplicaLostError | CancelledError)
+            if deaths == MAX_ATTEMPTS:
+                error = WorkerLostError(f"{deaths} workers died with this picture")
+                await self._fail(grant.ticket, error)
+                return
+            async with aclosing(self._grants([self._again(grant.ticket, number)])) as grants:
+                if (next_grant := await anext(grants, None)) is None:
+                    return  # its deadline passed
+                grant = next_grant
 
-    def _resumed(self, ticket: Ticket, attempt: int) -> Ticket:
-        """Another name, because the old one is still being taken back in other processes."""
-        original = self._task(ticket)
-        resumed = replace(ticket, id=f"{original.id}~{attempt}", resumed=True)
-        self._tasks[resumed.id] = original
-        return resumed
+    async def _draw(self, grant: Grant, *, attempt: int) -> DarkroomError | None:
+        """Pass on what the worker says; returns why another one has to go on, if one has to."""
+        task = self._tasks[grant.ticket.id]
+        waited_s = self._around.clock.now_s() - self._began_at_s
+        try:
+            async with aclosing(self._around.workers.draw(grant.worker, task)) as events:
+                async for event in events:
+                    match event:
+                        case Checkpointed():
+                            self._tasks[task.id] = replace(task, snapshot=event.snapshot)
+                        case Started():
+                            await self._news.put(replace(event, attempt=attempt))
+                        case Drawn():
+                            await self._news.put(_after(event, waited_s, attempt))
+                            return None
+                        case Failed(error=ClosedError() | OverloadedError() | CancelledError()):
+                            return event.error  # its state, not the task's: nobody here cancelled
+                        case Failed():
+                            await self._news.put(event)
+                            return None
+                        case _:
+                            await self._news.put(event)
+        except ReplicaLostError as error:
+            return error
+        return ReplicaLostError("the worker ended the picture without a word")
+
+    def _again(self, ticket: Ticket, number: int) -> Ticket:
+        """The same task from where it stands, under a name that nothing late can refer to."""
+        name = f"{ticket.id.partition('~')[0]}~{number}"
+        self._tasks[name] = replace(self._tasks[ticket.id], id=name)
+        return replace(ticket, id=name, resumed=True)
 
     async def _tell_lost(self, worker: str) -> None:
         with suppress(ReplicaLostError, TimeoutError):
@@ -281,11 +296,8 @@ class Drawing:
         self._held.add(grant.ticket.id)
         self._around.ledger.hold(grant)
 
-    def _task(self, ticket: Ticket) -> PictureTask:
-        return self._tasks[ticket.id]
-
     async def _fail(self, ticket: Ticket, error: DarkroomError) -> None:
-        await self._news.put(Failed(self._task(ticket).index, error))
+        await self._news.put(Failed(self._tasks[ticket.id].index, error))
 
     def _left_s(self) -> float:
         return self._deadline_at_s - self._around.clock.now_s()

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 
 from engine.errors import DarkroomError
 from engine.ports import Clock
-from server.admission import Admission
+from server.admission import Admission, AdmissionPolicy
 from server.clock import UnixClock
 from server.config import ServeConfig
 from server.errors import row_of
@@ -73,6 +73,7 @@ class Router:
             config.admission,
             weights={tenant.id: tenant.weight for tenant in config.auth.tenants},
             clock=clock or UnixClock(),
+            policy=AdmissionPolicy(max_live=config.workers.max_live),
         )
         self._metrics = RouterMetrics()
         self._streams: dict[str, _Stream] = {}

@@ -48,7 +48,15 @@ async def open_local(config: ServeConfig, settings: Settings) -> AsyncIterator[D
         await dispatcher.close(0.0)
 
 
-IMPLEMENTATIONS = {"local": open_local}
+@asynccontextmanager
+async def open_routed(config: ServeConfig, settings: Settings) -> AsyncIterator[Dispatcher]:
+    from tests.routed import routed
+
+    async with routed(config, settings) as (dispatcher, _, _):
+        yield dispatcher
+
+
+IMPLEMENTATIONS = {"local": open_local, "routed": open_routed}
 
 
 @pytest.fixture(params=sorted(IMPLEMENTATIONS))

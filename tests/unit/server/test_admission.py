@@ -315,6 +315,13 @@ def test_a_worker_holds_two_batches_and_the_rest_waits(make: Callable[..., Admis
     assert admission.load().queued == 4
 
 
+def test_a_worker_holds_no_more_tickets_than_it_takes(make: Callable[..., Admission]) -> None:
+    admission = make(policy=AdmissionPolicy(max_live=3))
+    admission.report(report())
+    admission.admit([ticket(width=0.5) for _ in range(5)])
+    assert len(admission.grants()) == 3
+
+
 def test_a_ticket_wider_than_a_worker_runs_once_there_is_room(
     make: Callable[..., Admission],
 ) -> None:

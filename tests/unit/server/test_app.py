@@ -1,0 +1,58 @@
+"""The application's graph, and how many workers it wants. Ray is imported, and not started."""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from server.app import SCALE_AHEAD_S, build, workers_wanted
+from server.config import ServeConfig
+
+RATE = 100.0
+
+
+def context(outstanding: dict[str, float], *, rate: float = RATE, now: int = 2) -> Any:
+    metrics = {
+        "outstanding_steps": outstanding,
+        "steps_per_s": dict.fromkeys(outstanding, rate),
+    }
+    return SimpleNamespace(
+        aggregated_metrics=metrics,
+        target_num_replicas=now,
+        capacity_adjusted_min_replicas=1,
+        capacity_adjusted_max_replicas=4,
+    )
+
+
+@pytest.mark.parametrize(
+    ("outstanding", "wanted"),
+    [(0.0, 1), (0.5 * RATE * SCALE_AHEAD_S, 1), (2.5 * RATE * SCALE_AHEAD_S, 3), (1e9, 4)],
+)
+def test_workers_follow_the_steps_that_are_outstanding(outstanding: float, wanted: int) -> None:
+    assert workers_wanted(context({"a": outstanding, "b": outstanding})) == (wanted, {})
+
+
+def test_without_a_measurement_nothing_changes() -> None:
+    assert workers_wanted(context({}, now=3)) == (3, {})
+    assert workers_wanted(context({"a": 1e9}, rate=0.0, now=3)) == (3, {})
+
+
+def test_serve_deploy_finds_a_typed_builder() -> None:
+    [parameter] = inspect.signature(build).parameters.values()
+    assert parameter.annotation is ServeConfig
+
+
+@pytest.mark.parametrize("workers", [{}, {"replicas": 2, "max_replicas": 4}])
+def test_the_graph_is_gateway_router_and_worker(workers: dict[str, int]) -> None:
+    config = ServeConfig.model_validate({"workers": workers})
+    gateway = build(config)._bound_deployment
+    assert gateway.name == "Gateway"
+    router, worker = gateway.init_args[1:3]
+    assert (router._bound_deployment.name, worker._bound_deployment.name) == ("Router", "Worker")
+    scaling = worker._bound_deployment._deployment_config.autoscaling_config
+    assert (scaling is not None) == bool(workers)
+    if scaling is not None:
+        assert (scaling.min_replicas, scaling.max_replicas) == (2, 4)
