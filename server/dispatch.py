@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
-from server.messages import Load, ModelInfo, PictureEvent, PictureTask, Readiness
+from server.messages import Load, ModelChange, ModelInfo, PictureEvent, PictureTask, Readiness
 
 
 class Dispatcher(Protocol):
@@ -32,6 +32,21 @@ class Dispatcher(Protocol):
 
     async def models(self) -> Sequence[ModelInfo]:
         """The configured models; the default first."""
+        ...
+
+    async def change_model(self, change: ModelChange) -> ModelInfo | None:
+        """Add, reload or remove a model on every worker that is up; requests go on meanwhile.
+
+        Takes as long as compiling takes. A worker that starts later serves what is configured.
+
+        Returns:
+            The model as it is served now; None after a removal.
+
+        Raises:
+            ConflictError: a model of that id, or the same plan, is served already.
+            InvalidRequestError: no such model, or the default one is to be removed.
+            DarkroomError: a worker cannot serve it; the others do what was asked.
+        """
         ...
 
     async def readiness(self) -> Readiness:

@@ -92,6 +92,11 @@ TABLE: tuple[tuple[type[Exception], Row], ...] = (
     (engine_errors.ClosedError, Row(503, "unavailable", "draining")),
     (engine_errors.ExecutionError, Row(500, "server_error", "execution_failed")),
     (engine_errors.BackendUnavailableError, Row(503, "unavailable", "backend_unavailable")),
+    (
+        engine_errors.CheckpointError,
+        Row(422, "invalid_request_error", "unusable_checkpoint"),
+    ),
+    (engine_errors.PlanError, Row(500, "server_error", "plan_failed")),
     (UnauthenticatedError, Row(401, "authentication_error", "invalid_api_key")),
     (ForbiddenError, Row(403, "permission_error", "forbidden")),
     (ContentRefusedError, Row(403, "content_refused", "content_refused")),

@@ -25,12 +25,14 @@ from server.messages import (
     Drawn,
     Failed,
     Load,
+    ModelChange,
     ModelInfo,
     PictureEvent,
     PictureTask,
     Queued,
     Readiness,
 )
+from server.model_changes import apply_change
 from server.routing import Grant
 from server.tickets import ticket_of
 from server.worker_core import WorkerCore
@@ -89,6 +91,10 @@ class LocalDispatcher:
     async def models(self) -> Sequence[ModelInfo]:
         """The configured models; the default first."""
         return self._worker.models.infos
+
+    async def change_model(self, change: ModelChange) -> ModelInfo | None:
+        """Add, reload or remove a model; see :meth:`Dispatcher.change_model`."""
+        return await asyncio.to_thread(apply_change, self._worker.models, change)
 
     async def readiness(self) -> Readiness:
         """Whether every configured model is warm."""

@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 
 from engine.errors import DarkroomError
 from engine.types import GenerateRequest, Timings
+from server.config import ModelConfig
 
 PictureFormat = Literal["png", "jpeg", "webp"]
 
@@ -166,6 +167,15 @@ class ModelInfo:
             width_px = request.width_px or self.native_px
             height_px = request.height_px or self.native_px
         return float(width_px * height_px) / self.native_px**2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelChange:
+    """What an operator wants done to a model, on every worker that is up."""
+
+    action: Literal["add", "reload", "remove"]
+    model: ModelConfig
+    """To add: all of it. To reload or remove: the id alone counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

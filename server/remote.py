@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
 from server.errors import WorkerLostError
-from server.messages import PictureTask, WorkerEvent
+from server.messages import ModelChange, ModelInfo, PictureTask, WorkerEvent
 from server.routing import Grant, Pulse, RouterNews, Ticket
 
 CALL_TIMEOUT_S = 5.0
@@ -51,6 +51,10 @@ class WorkersClient(Protocol):
         Raises:
             ReplicaLostError: it is gone, before the call or during it.
         """
+        ...
+
+    async def change_model(self, change: ModelChange) -> ModelInfo | None:
+        """Change a model on all of them; see :meth:`server.dispatch.Dispatcher.change_model`."""
         ...
 
     async def metrics(self) -> Sequence[tuple[str, bytes]]:

@@ -10,7 +10,8 @@ from ray.serve import exceptions as serve_errors
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from server.messages import PictureTask, WorkerEvent
+from engine.errors import DarkroomError
+from server.messages import ModelChange, ModelInfo, PictureTask, WorkerEvent
 from server.remote import CALL_TIMEOUT_S, ReplicaLostError
 from server.routing import Grant, Pulse, RouterNews, Ticket
 
@@ -92,6 +93,23 @@ class ServeWorkersClient:
     def draw(self, worker: str, task: PictureTask) -> AsyncGenerator[WorkerEvent, None]:
         """See :class:`server.remote.WorkersClient`."""
         return _read(self._streams.draw.remote(task, replica=worker))
+
+    async def change_model(self, change: ModelChange) -> ModelInfo | None:
+        """See :class:`server.remote.WorkersClient`."""
+        try:
+            answers = await self._calls.broadcast("change_model", change).results_async(
+                return_exceptions=True
+            )
+        except _LOST as error:
+            raise ReplicaLostError("the workers are gone") from error
+        for answer in answers:
+            if isinstance(answer, ray_errors.RayTaskError) and isinstance(
+                answer.cause, DarkroomError
+            ):
+                raise answer.cause
+            if isinstance(answer, BaseException):
+                raise answer
+        return next((answer for answer in answers if isinstance(answer, ModelInfo)), None)
 
     async def metrics(self) -> Sequence[tuple[str, bytes]]:
         """See :class:`server.remote.WorkersClient`."""

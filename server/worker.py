@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentHandle
 
 from server.config import ServeConfig
 from server.log_pipe import log_to
-from server.messages import PictureTask, WorkerEvent
+from server.messages import ModelChange, ModelInfo, PictureTask, WorkerEvent
 from server.remote import CALL_TIMEOUT_S
 from server.routing import ReportReply
 from server.settings import Settings
@@ -65,6 +65,12 @@ class Worker:
                     yield event
         finally:
             del self._calls[task.id]
+
+    async def change_model(self, change: ModelChange) -> ModelInfo | None:
+        """Add, reload or remove a model while pictures are drawn."""
+        from server.model_changes import apply_change
+
+        return await asyncio.to_thread(apply_change, self._core.models, change)
 
     async def metrics(self) -> tuple[str, bytes]:
         """(this replica, its Prometheus text)."""

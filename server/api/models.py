@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fastapi import APIRouter, Depends
 
 from server.auth import tenant_of
@@ -12,32 +14,37 @@ from server.schemas.openai import ModelDetails, ModelList, ModelReply
 from server.services import Services
 
 
+def reply_of(model: ModelInfo, *, aliases: Sequence[str], default: bool) -> ModelReply:
+    """A model as clients see it."""
+    return ModelReply(
+        id=model.id,
+        created=model.created_s,
+        darkroom=ModelDetails(
+            aliases=list(aliases),
+            family=model.family,
+            native_px=model.native_px,
+            size_multiple_px=model.size_multiple_px,
+            min_px=model.min_px,
+            max_px=model.max_px,
+            guidance_default=model.guidance_default,
+            solver_default=model.solver_default,
+            schedule_default=model.schedule_default,
+            precision=model.precision,
+            backend=model.backend,
+            plan_digest=model.plan_digest,
+            inpainting_only=model.inpainting_only,
+            default=default,
+        ),
+    )
+
+
 def routes(services: Services) -> APIRouter:
     """The two routes."""
     router = APIRouter(prefix="/v1/models", tags=["models"], dependencies=[Depends(tenant_of)])
-    aliases = {model.id: list(model.aliases) for model in services.config.models}
+    aliases = {model.id: model.aliases for model in services.config.models}
 
     def reply(model: ModelInfo, *, default: bool) -> ModelReply:
-        return ModelReply(
-            id=model.id,
-            created=model.created_s,
-            darkroom=ModelDetails(
-                aliases=aliases.get(model.id, []),
-                family=model.family,
-                native_px=model.native_px,
-                size_multiple_px=model.size_multiple_px,
-                min_px=model.min_px,
-                max_px=model.max_px,
-                guidance_default=model.guidance_default,
-                solver_default=model.solver_default,
-                schedule_default=model.schedule_default,
-                precision=model.precision,
-                backend=model.backend,
-                plan_digest=model.plan_digest,
-                inpainting_only=model.inpainting_only,
-                default=default,
-            ),
-        )
+        return reply_of(model, aliases=aliases.get(model.id, ()), default=default)
 
     @router.get("", summary="List the models", responses=responses(401, 503))
     async def models() -> ModelList:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from server.config import ModelConfig, Name
 from server.request_log import Level
 from server.schemas.base import Body
 
@@ -14,3 +16,24 @@ class LogLevel(Body):
     """How much is logged."""
 
     level: Annotated[Level, Field(examples=["debug"])]
+
+
+class NewModel(Body):
+    """A model to serve from now on."""
+
+    id: Annotated[Name, Field(examples=["sketch"])]
+    """What clients ask for."""
+    path: Annotated[str | None, Field(max_length=4096, examples=["/models/sketch"])] = None
+    """A folder in Diffusers layout that every worker can read; by default that of the id's name
+    in the models folder."""
+    precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
+    backend: Literal["onnxruntime", "torch", "tensorrt"] = "onnxruntime"
+
+    def config(self) -> ModelConfig:
+        """The same as the configuration file would say it."""
+        return ModelConfig(
+            id=self.id,
+            path=None if self.path is None else Path(self.path),
+            precision=self.precision,
+            backend=self.backend,
+        )

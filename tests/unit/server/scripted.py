@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from PIL import Image as Pillow
 
-from engine.errors import DarkroomError
+from engine.errors import CheckpointError, DarkroomError
 from engine.types import Timings
 from server.config import ServeConfig
 from server.dispatch import Dispatcher
@@ -17,6 +18,7 @@ from server.messages import (
     Drawn,
     Failed,
     Load,
+    ModelChange,
     ModelInfo,
     PictureEvent,
     PictureTask,
@@ -68,6 +70,7 @@ class ScriptedDispatcher:
     hangs_after: int | None = None
     ready: Readiness = field(default_factory=lambda: Readiness(ready=True, workers=1))
     pages: Sequence[tuple[str, bytes]] = ()
+    added: list[ModelInfo] = field(default_factory=list)
     tasks: list[PictureTask] = field(default_factory=list)
     started: asyncio.Event = field(default_factory=asyncio.Event)
     hanging: asyncio.Event = field(default_factory=asyncio.Event)
@@ -135,7 +138,18 @@ class ScriptedDispatcher:
         )
 
     async def models(self) -> Sequence[ModelInfo]:
-        return (MODEL,)
+        return (MODEL, *self.added)
+
+    async def change_model(self, change: ModelChange) -> ModelInfo | None:
+        name = change.model.id
+        if change.action == "add":
+            if change.model.path == Path("/broken"):
+                raise CheckpointError("model_index.json: not there")
+            self.added.append(replace(MODEL, id=name, plan_digest="e" * 64))
+        if change.action == "remove":
+            self.added = [model for model in self.added if model.id != name]
+            return None
+        return next(model for model in (MODEL, *self.added) if model.id == name)
 
     async def readiness(self) -> Readiness:
         return self.ready

@@ -82,6 +82,39 @@ def test_models_are_listed_and_found_by_alias() -> None:
     assert missing.json()["error"]["param"] == "model"
 
 
+def test_models_come_and_go_while_it_runs() -> None:
+    admin = client_of(config=LOCKED, key=OPERATOR.key)
+    added = admin.post("/v1/admin/models", json={"id": "sketch", "path": "/models/sketch"})
+    assert added.status_code == 200, added.text
+    assert (added.json()["id"], added.json()["darkroom"]["default"]) == ("sketch", False)
+    body = {"prompt": "x", "model": "sketch"}
+    assert admin.post("/v1/images/generations", json=body).status_code == 200
+    assert admin.post("/v1/admin/models/gpt-image-1/reload").json()["id"] == "tintype"
+    assert admin.delete("/v1/admin/models/sketch").status_code == 204
+    assert admin.post("/v1/images/generations", json=body).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "said"),
+    [
+        ("POST", "", {"id": "../x"}, 400, "id"),
+        ("POST", "", {"id": "gpt-image-1"}, 409, "alias"),
+        ("POST", "", {"id": "a", "path": "/broken"}, 422, "model_index.json"),
+        ("POST", "/none/reload", None, 404, "no such model"),
+        ("DELETE", "/none", None, 404, "no such model"),
+        ("DELETE", "/tintype", None, 409, "configuration"),
+    ],
+)
+def test_wrong_changes_of_models_are_named(
+    method: str, path: str, body: Any, status: int, said: str
+) -> None:
+    url = f"/v1/admin/models{path}"
+    reply = client_of(config=LOCKED, key=OPERATOR.key).request(method, url, json=body)
+    assert reply.status_code == status, reply.text
+    assert said in reply.json()["error"]["message"]
+    assert client_of(config=LOCKED, key=USER.key).request(method, url, json=body).status_code == 403
+
+
 # --------------------------------------------------------------------------------- who may what
 
 
