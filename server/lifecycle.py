@@ -142,10 +142,22 @@ class Application:
                     logging_level="error",
                 )
             _end_spare_processes()
+            self._check_gpus()
         from ray import serve
 
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+
+    def _check_gpus(self) -> None:
+        """Refuse at once what Ray would wait for for ever."""
+        import ray
+
+        workers = self._config.workers
+        here = ray.cluster_resources().get("GPU", 0.0)
+        if workers.device == "cuda" and here < workers.replicas:
+            raise StartError(
+                f"workers.device is cuda: {workers.replicas} GPUs are needed, {here:.0f} are here"
+            )
 
     def _start_application(self) -> Readiness:
         from ray import serve
@@ -156,7 +168,7 @@ class Application:
         try:
             self._gateway = serve.run(graph, name=NAME, route_prefix=None)
         except RuntimeError as error:
-            raise StartError(_why(serve.status().applications.get(NAME), error)) from error
+            raise StartError(why(serve.status().applications.get(NAME), error)) from error
         until_s = time.monotonic() + _READY_TIMEOUT_S
         while time.monotonic() < until_s:
             readiness: Readiness = self._gateway.readiness.remote().result()
@@ -209,7 +221,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 _ERROR_LINE = re.compile(r"^(?:[\w.]*\.)?(\w+(?:Error|Exception)): (.+)$", re.MULTILINE)
 
 
-def _why(status: Any, error: Exception) -> str:
+def why(status: Any, error: Exception) -> str:
     """The innermost error of a replica that did not start, out of Serve's status."""
     messages = [deployment.message for deployment in status.deployments.values()] if status else []
     found = [match for message in messages for match in _ERROR_LINE.findall(message)]

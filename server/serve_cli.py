@@ -40,7 +40,7 @@ def serve(
     """Serve pictures over HTTP until SIGTERM or Ctrl-C; what is in flight then is finished."""
     began_s = time.monotonic()
     flags = {"http.host": host, "http.port": port, "workers.replicas": workers}
-    served = _with_model(served_config(config, flags=flags), model, precision, backend)
+    served = with_model(served_config(config, flags=flags), model, precision, backend)
     check_port(served.http)
     application = Application(served, address=address)
     for plan in _compile(served) if address is None else ():
@@ -59,7 +59,7 @@ def serve(
     _err.print("ended")
 
 
-def _with_model(
+def with_model(
     config: ServeConfig, model: str | None, precision: str | None, backend: str | None
 ) -> ServeConfig:
     """The configuration with one model alone, or with the first one's precision or backend."""
