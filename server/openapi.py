@@ -16,9 +16,10 @@ Every error has one shape, `{"error": {"type", "code", "message", "param"}}`, an
 
 Where keys are configured, send yours as `Authorization: Bearer <key>` or `X-Api-Key: <key>`.
 
-A minor release may add routes, fields that may be left out, fields of replies, events and error
-codes. It does not remove or rename any of these, change what a field means, or refuse what was
-taken before; that takes a major release, and a release with a warning before it.
+A minor release may add routes, fields that may be left out, fields of replies, events, error codes
+and configuration keys with a default. It does not remove or rename any of these, change what one
+means, or refuse what was taken before; that takes a major release, and a release with a warning
+before it.
 """
 TAGS = [
     {"name": "images", "description": "OpenAI's Images interface: one request, its pictures."},

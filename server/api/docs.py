@@ -52,6 +52,7 @@ def render(document: Schema) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(info['title'])} API</title>"
+        '<link rel="icon" href="data:,">'
         '<link rel="stylesheet" href="/docs/style.css"></head><body><main>'
         f"<h1>{escape(info['title'])} <small>{escape(info['version'])}</small></h1>"
         f"<p>{escape(info.get('summary', ''))}"
@@ -168,7 +169,8 @@ def _bounds(field: Schema) -> Iterator[str]:
     low = field.get("minimum", field.get("exclusiveMinimum"))
     high = field.get("maximum", field.get("exclusiveMaximum"))
     if low is not None or high is not None:
-        yield f"{'' if low is None else low} … {'' if high is None else high}".strip()
+        # FastAPI writes the bounds of whole numbers as fractions.
+        yield " … ".join("" if bound is None else f"{bound:.15g}" for bound in (low, high)).strip()
     if "maxLength" in field:
         yield f"up to {field['maxLength']} characters"
 

@@ -56,6 +56,7 @@ _EMPTY: dict[str, Any] = {
     "loras": [],
     "hypernetworks": [],
     "face-restorers": [],
+    "realesrgan-models": [],
     "prompt-styles": [],
     "embeddings": {"loaded": {}, "skipped": {}},
     "scripts": {"txt2img": [], "img2img": []},

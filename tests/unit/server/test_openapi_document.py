@@ -103,6 +103,7 @@ def test_the_page_shows_every_operation_and_needs_nobody_else(
         assert f">{method}</span> <code>{path}</code> {operation['summary']}" in page
     assert "partial_images" in page
     assert "<script" not in page
+    assert "integer 1 … 128" in page
     links = re.findall(r'(?:href|src)="([^"#]+)"', reply.text)
     assert set(links) == {"/docs/style.css", "/openapi.json"}
     for link in links:
