@@ -30,7 +30,7 @@ from engine.saturation import (
     lane_name,
     measure,
 )
-from engine.scheduler import PolicyConfig, StepTimes, TickPolicy
+from engine.scheduler import LaneId, PolicyConfig, StepTimes, TickPolicy
 from engine.trajectory import LaneKey, resume
 from engine.types import GenerateRequest, Image, Limits, Picture, Snapshot, StepEvent, Timings
 
@@ -62,6 +62,7 @@ class Engine:
         clock: Clock | None = None,
         policy: Callable[[StepTimes], TickPolicy] | None = None,
         on_tick: Callable[[Tick], None] | None = None,
+        on_out_of_memory: Callable[[LaneId, int], None] | None = None,
         noise_cache: NoiseCache | None = None,
     ) -> None:
         self._config = config or EngineConfig()
@@ -70,7 +71,7 @@ class Engine:
         if noise_cache is not None:
             self._noise = NoiseReuse(noise_cache, self._config.noise_reuse, clock=self._clock)
         self._models = ModelTable()
-        self.times = StepTimeTable()
+        self.times = StepTimeTable(on_out_of_memory=on_out_of_memory)
         self._told = on_tick
         self._left_over: list[Model] = []
         self._at_once = threading.BoundedSemaphore(self._config.loop.max_live)
@@ -201,6 +202,11 @@ class Engine:
     def live(self) -> int:
         """Requests in the step loop."""
         return self._loop.live
+
+    @property
+    def lanes(self) -> int:
+        """Lanes in the step loop: kinds of requests that cannot share a tick."""
+        return self._loop.lanes
 
     def generate(self, request: GenerateRequest, *, model: str | None = None) -> Picture:
         """Submit and wait."""

@@ -175,6 +175,11 @@ class StepLoop:
         """Trajectories that are in and not finished."""
         return len(self._known)
 
+    @property
+    def lanes(self) -> int:
+        """Lanes that have a live trajectory."""
+        return len(self._lanes)
+
     # ------------------------------------------------------------------ the core
 
     def tick(self) -> bool:

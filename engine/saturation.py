@@ -39,12 +39,18 @@ class StepTimeTable:
     """
 
     def __init__(
-        self, *, default_tick_s: float = 0.1, default_rows: int = 8, max_lanes: int = 1024
+        self,
+        *,
+        default_tick_s: float = 0.1,
+        default_rows: int = 8,
+        max_lanes: int = 1024,
+        on_out_of_memory: Callable[[LaneId, int], None] | None = None,
     ) -> None:
         self._lanes: OrderedDict[LaneId, _Times] = OrderedDict()
         self._default_tick_s = default_tick_s
         self._default_rows = default_rows
         self._max_lanes = max_lanes
+        self._on_out_of_memory = on_out_of_memory
 
     def set(self, lane: LaneId, seconds_by_rows: Mapping[int, float]) -> None:
         """Install a measured table."""
@@ -68,6 +74,8 @@ class StepTimeTable:
         tried again.
         """
         times = self._known(lane)
+        if self._on_out_of_memory is not None:
+            self._on_out_of_memory(lane, rows)
         times.fitting = max(1, rows // 2)
         times.ticks_to_retry = _RETRY_TICKS
 

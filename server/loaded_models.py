@@ -58,6 +58,7 @@ class LoadedModels:
         self._metrics = metrics
         self._clock = clock
         self._changing = threading.Lock()
+        self._rehearsing: str | None = None
         # Replaced as a whole and never changed, so that readers need no lock.
         self._configured: dict[str, ModelConfig] = {}
         self._plans: dict[str, Plan] = {}
@@ -94,8 +95,9 @@ class LoadedModels:
         return self._infos[name]
 
     def name_of(self, plan_digest: str) -> str | None:
-        """The model that a plan belongs to."""
-        return self._names.get(plan_digest)
+        """The model that a plan belongs to; None for one that clients do not draw with (yet)."""
+        name = self._names.get(plan_digest)
+        return None if name == self._rehearsing else name
 
     def acquire(self, name: str) -> Future[None]:
         """Ask for a model to be open; see :meth:`ModelShelf.acquire`."""
@@ -221,10 +223,13 @@ class LoadedModels:
         try:
             self._engine.warm_up(name)
             if quiet:
+                self._rehearsing = name
                 self._engine.generate(self._rehearsal(name), model=name)
         except BaseException:
             self._engine.unload(name).close()
             raise
+        finally:
+            self._rehearsing = None
         # What others take meanwhile would be counted too, so only a quiet moment is measured.
         grown_bytes = used_bytes(self._device) - before_bytes if quiet else 0
         size_bytes = max(weights_bytes(plan), grown_bytes)

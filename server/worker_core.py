@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 
 from engine.engine import Engine, EngineConfig
 from engine.errors import (
@@ -25,13 +24,18 @@ from engine.errors import (
 from engine.handle import Handle
 from engine.loop import LoopConfig, Tick
 from engine.ports import Clock, SystemClock
+from engine.scheduler import LaneId
+from engine.trajectory import LaneKey
+from server.cache_metrics import CacheCollector
 from server.config import ServeConfig
 from server.content_check import load_check
 from server.drawing import Drawing, Workshop
 from server.loaded_models import LoadedModels
 from server.mailbox import Mailbox
 from server.messages import Checkpointed, Drawn, Failed, Load, PictureTask, WorkerEvent
-from server.routing import Live, Rate, WorkerReport
+from server.noise_cache import noise_cache, reuse_config
+from server.rates import rates_of
+from server.routing import Live, WorkerReport
 from server.settings import Settings
 from server.tickets import steps_of, width_of
 from server.worker_metrics import WorkerMetrics
@@ -75,27 +79,28 @@ class WorkerCore:
         self._places = asyncio.Semaphore(config.workers.max_live)
         self._warm = False
         self._closing = False
+        self._cache = noise_cache(config)
         clock = clock or SystemClock()
         self._engine = Engine(
             device=config.workers.device,
             config=EngineConfig(
                 limits=config.limits.engine_limits(),
+                noise_reuse=reuse_config(config),
                 # Twice, since what is cancelled leaves only before the next tick, and whoever
                 # takes its place must not be refused until then.
                 loop=LoopConfig(max_live=2 * config.workers.max_live),
             ),
             clock=clock,
             on_tick=self._on_tick,
+            on_out_of_memory=self._on_out_of_memory,
+            noise_cache=self._cache,
         )
+        if self._cache is not None:
+            self._metrics.collect(
+                CacheCollector(self._engine.reuse_statistics, self._cache.statistics)
+            )
         self.models = LoadedModels(config, settings, self._engine, self._metrics, clock)
-        self._metrics.watch(
-            "darkroom_live_tasks", "Tasks in this worker.", lambda: len(self._drawings)
-        )
-        self._metrics.watch(
-            "darkroom_steps_left",
-            "Steps left of all tasks here, in UNet rows at native size.",
-            lambda: sum(live.steps_left for live in self.report().live),
-        )
+        self._watch()
         # Two, so that a slow picture to encode does not hold up a prompt behind it.
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="darkroom-encode")
         self._writers = ThreadPoolExecutor(1, thread_name_prefix="darkroom-write")
@@ -141,6 +146,8 @@ class WorkerCore:
         self._encoders.shutdown(cancel_futures=True)
         self._writers.shutdown()
         self.models.close_runtimes()
+        if self._cache is not None:
+            self._cache.close()
 
     # ------------------------------------------------------------------ what it has and does
 
@@ -153,7 +160,7 @@ class WorkerCore:
         """What the router needs to know of it."""
         return WorkerReport(
             id=self.name,
-            rates=self._rates(),
+            rates=rates_of(self._engine),
             models=tuple(self.models.infos),
             live=tuple(
                 Live(
@@ -174,21 +181,6 @@ class WorkerCore:
             running_steps=sum(live.steps_left for live in report.live),
             steps_per_s=max((rate.steps_per_s for rate in report.rates.values()), default=0.0),
         )
-
-    def _rates(self) -> dict[str, Rate]:
-        """What was measured of each open model."""
-        rates = {}
-        times = self._engine.times
-        for name in self._engine.models:
-            with suppress(InvalidRequestError):  # closed since it was listed
-                lane = self._engine.native_lane(name)
-                rows = times.saturation_rows(lane)
-                rates[name] = Rate(
-                    steps_per_s=rows / times.tick_s(lane, rows),
-                    saturation_steps=float(rows),
-                    tick_s=times.tick_s(lane, min(2, rows)),
-                )
-        return rates
 
     def metrics_text(self) -> bytes:
         """Everything measured here, in Prometheus' text format."""
@@ -235,6 +227,17 @@ class WorkerCore:
             if lease is not None and not lease.cancel() and lease.exception() is None:
                 self.models.release(task.model)
 
+    def _watch(self) -> None:
+        """Show in the metrics what is known here anyway."""
+        watch = self._metrics.watch
+        watch("darkroom_live_tasks", "Tasks in this worker.", lambda: len(self._drawings))
+        watch("darkroom_live_lanes", "Lanes with a live task.", lambda: self._engine.lanes)
+        watch(
+            "darkroom_steps_left",
+            "Steps left of all tasks here, in UNet rows at native size.",
+            lambda: sum(live.steps_left for live in self.report().live),
+        )
+
     def _failed(self, task: PictureTask, error: DarkroomError) -> Failed:
         # A model that is not configured is no label: anybody could make up any number of them.
         known = any(task.model == info.id for info in self.models.infos)
@@ -252,6 +255,10 @@ class WorkerCore:
             seconds=tick.total_s,
             most=self._engine.times.saturation_rows(tick.lane),
         )
+
+    def _on_out_of_memory(self, lane: LaneId, _rows: int) -> None:
+        assert isinstance(lane, LaneKey)
+        self._metrics.split(self.models.name_of(lane.plan_digest) or "unknown")
 
     def _admit(self, task: PictureTask) -> Drawing:
         """Note a task as running.

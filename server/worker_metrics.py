@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from prometheus_client import (
     CollectorRegistry,
     Counter,
     Gauge,
     Histogram,
-    ProcessCollector,
     generate_latest,
 )
+from prometheus_client.registry import Collector
 
 from server.errors import row_of
+from server.memory import used_bytes
 from server.messages import Drawn
 
 _TICK_BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -30,7 +32,6 @@ class WorkerMetrics:
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
-        ProcessCollector(namespace="darkroom_worker", registry=registry)
         model = ("model",)
         self._tick_s = Histogram(
             "darkroom_tick_seconds",
@@ -106,10 +107,19 @@ class WorkerMetrics:
             buckets=_PHASE_BUCKETS_S,
             registry=registry,
         )
+        self.watch(
+            "darkroom_worker_resident_memory_bytes",
+            "Memory of this process.",
+            lambda: used_bytes(torch.device("cpu")),
+        )
 
     def watch(self, name: str, text: str, read: Callable[[], float]) -> None:
         """A gauge that is read when the metrics are."""
         Gauge(name, text, registry=self._registry).set_function(read)
+
+    def collect(self, collector: Collector) -> None:
+        """Ask ``collector`` too, whenever the metrics are read."""
+        self._registry.register(collector)
 
     def ticked(self, model: str, *, members: int, rows: int, seconds: float, most: int) -> None:
         """A tick is done; ``most`` is the saturation batch of its lane."""

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor
 
-from engine.errors import DeadlineExceededError
+from engine.denoiser import Denoiser
+from engine.errors import DeadlineExceededError, OutOfMemoryError
 from server.content_check import CheckedPicture
 from server.errors import ContentRefusedError
 from server.messages import Checkpointed, Drawn, Failed, PictureTask, Started, Stepped
@@ -174,6 +176,7 @@ def test_steps_left_fall_as_the_report_says(opened: Open) -> None:
 def test_metrics_count_what_happened(opened: Open) -> None:
     worker = opened()
     draw(worker, a_task(steps=4), a_task(steps=4, solver="magic"), a_task(model="made-up"))
+    worker.close(60.0)  # the last tick is counted after its picture has left
     text = worker.metrics_text().decode()
 
     def value(line: str) -> float:
@@ -187,8 +190,35 @@ def test_metrics_count_what_happened(opened: Open) -> None:
     assert value(f'darkroom_phase_seconds_count{{model="{MODEL}",phase="denoise"}}') == 1
     assert value(f'darkroom_failures_total{{code="invalid_value",model="{MODEL}"}}') == 1
     assert value('darkroom_failures_total{code="invalid_value",model="unknown"}') == 1
-    assert value("darkroom_live_tasks") == 0
+    assert value("darkroom_live_tasks") == value("darkroom_live_lanes") == 0
+    assert value("darkroom_worker_resident_memory_bytes") > 1 << 20
+    assert "darkroom_cache_lookups_total" in text
     assert "made-up" not in text
+
+
+def test_what_does_not_fit_into_memory_is_split_and_counted(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody notices: the same pictures, in smaller batches; B* follows."""
+    worker = opened()
+    tasks = [a_task(seed=i, guidance=3.0) for i in range(3)]
+    fitting = [pixels(picture_of(events)) for events in draw(worker, *tasks)]
+    roomy = worker.report().rates[MODEL].saturation_steps
+    walk = Denoiser.__call__
+
+    def one_row_only(self: Denoiser, sample: Tensor, *rest: Any) -> Tensor:
+        if len(sample) > 1:
+            raise OutOfMemoryError("the device is full")
+        return walk(self, sample, *rest)
+
+    monkeypatch.setattr(Denoiser, "__call__", one_row_only)
+    again = [replace(task, id=f"{task.id}-again") for task in tasks]
+    split = [pixels(picture_of(events)) for events in draw(worker, *again)]
+    for ours, whole in zip(split, fitting, strict=True):
+        np.testing.assert_allclose(ours.astype(int), whole.astype(int), atol=1)
+    assert 1 == worker.report().rates[MODEL].saturation_steps <= roomy
+    text = worker.metrics_text().decode()
+    assert re.search(rf'^darkroom_out_of_memory_splits_total{{model="{MODEL}"}} [1-9]', text, re.M)
 
 
 # ---------------------------------------------------------------------- the content check
