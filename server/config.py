@@ -54,6 +54,8 @@ class HttpConfig(Section):
     """Of a JSON body."""
     max_upload_bytes: Annotated[int, Field(gt=0)] = 20 << 20
     """Of a multipart body with pictures, and of JSON bodies of the A1111 routes that hold some."""
+    max_bodies_bytes: Annotated[int, Field(gt=0)] = 256 << 20
+    """Of all bodies that one gateway holds at once; past it, requests wait their turn outside."""
     read_timeout_s: Positive = 15.0
     """For the whole head, and for the body beside what its length excuses: slow uploads end."""
     min_upload_bytes_per_s: Positive = 16 * 1024
@@ -105,7 +107,8 @@ class WorkersConfig(Section):
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads of the graphs of one worker; by default the cores, shared among the workers."""
     memory_budget_bytes: Annotated[int, Field(gt=0)] | None = None
-    """Of loaded models in one worker; by default 60 % of the device's memory."""
+    """Of open models in one worker; by default 60 % of the device's memory, which on CPU the
+    workers share."""
     snapshot_every_s: Positive = 2.0
     """Compute that a worker's death may cost one picture: how often a full snapshot leaves it."""
     max_live: Annotated[int, Field(ge=1)] = 256

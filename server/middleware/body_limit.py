@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine.errors import InvalidRequestError
+from engine.errors import DarkroomError, InvalidRequestError, OverloadedError
 from server.config import HttpConfig
-from server.errors import PayloadTooLargeError, ServerError, TooSlowError
+from server.errors import PayloadTooLargeError, TooSlowError
 from server.middleware.refusal import refuse
 
 
@@ -23,7 +24,8 @@ class BodyLimit:
 
     A declared length over the bound is refused without reading; a body that comes in chunks is
     counted. A body may make us wait ``read_timeout_s``, and as long again as its length so far
-    takes at ``min_upload_bytes_per_s``.
+    takes at ``min_upload_bytes_per_s``. All bodies together are bounded, too: past
+    ``max_bodies_bytes`` the one that would need more is put off with 429.
 
     Args:
         http: the bounds.
@@ -35,6 +37,7 @@ class BodyLimit:
         self._app = app
         self._http = http
         self._upload_paths = tuple(upload_paths)
+        self._pool = _Pool(http.max_bodies_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -48,8 +51,11 @@ class BodyLimit:
         except (InvalidRequestError, PayloadTooLargeError) as error:
             await refuse(scope, receive, send, error)
             return
-        body = _Body(scope, receive, send, bound=bound, http=self._http)
-        await self._app(scope, body.receive, body.send)
+        body = _Body(scope, receive, send, bound=bound, http=self._http, pool=self._pool)
+        try:
+            await self._app(scope, body.receive, body.send)
+        finally:
+            body.release()
 
 
 def _check_declared(headers: Headers, bound: int) -> None:
@@ -62,17 +68,33 @@ def _check_declared(headers: Headers, bound: int) -> None:
         raise _too_large(bound)
 
 
+@dataclass(slots=True)
+class _Pool:
+    """Bytes of the bodies of all requests that are not yet answered."""
+
+    bound: int
+    held: int = 0
+
+
 class _Body:
     """One request's body on its way in, and the right to answer in the application's place."""
 
     def __init__(
-        self, scope: Scope, receive: Receive, send: Send, *, bound: int, http: HttpConfig
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        *,
+        bound: int,
+        http: HttpConfig,
+        pool: _Pool,
     ) -> None:
         self._scope = scope
         self._receive = receive
         self._send = send
         self._bound = bound
         self._http = http
+        self._pool = pool
         self._seen_bytes = 0
         self._waited_s = 0.0
         self._complete = False
@@ -87,7 +109,7 @@ class _Body:
             return await self._receive()
         try:
             message = await self._next()
-        except ServerError as error:
+        except DarkroomError as error:
             await self._refuse(error)
             return {"type": "http.disconnect"}
         self._complete = not message.get("more_body", False)
@@ -99,6 +121,11 @@ class _Body:
             return
         self._answered = True
         await self._send(message)
+
+    def release(self) -> None:
+        """The request is over, and its body with it."""
+        self._pool.held -= self._seen_bytes
+        self._seen_bytes = 0
 
     async def _next(self) -> Message:
         clock = asyncio.get_running_loop()
@@ -113,12 +140,16 @@ class _Body:
                 f" second after {self._http.read_timeout_s:g} s"
             ) from None
         self._waited_s += clock.time() - began_s
-        self._seen_bytes += len(message.get("body", b""))
+        part_bytes = len(message.get("body", b""))
+        self._seen_bytes += part_bytes
+        self._pool.held += part_bytes
         if self._seen_bytes > self._bound:
             raise _too_large(self._bound)
+        if self._pool.held > self._pool.bound:
+            raise OverloadedError("too many bodies are being read at once", retry_after_s=1.0)
         return message
 
-    async def _refuse(self, error: ServerError) -> None:
+    async def _refuse(self, error: DarkroomError) -> None:
         self._refused = True
         if not self._answered:
             slow = isinstance(error, TooSlowError)
