@@ -11,15 +11,22 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 
-from engine.errors import ClosedError
+from engine.errors import BackendUnavailableError, ClosedError
 from engine.ports import Clock
 from server.clock import UnixClock
 from server.config import ServeConfig
 from server.ledger import Ledger
-from server.messages import Load, ModelInfo, PictureEvent, PictureTask, Readiness
+from server.messages import (
+    Load,
+    ModelChange,
+    ModelInfo,
+    PictureEvent,
+    PictureTask,
+    Readiness,
+)
 from server.ray_drawing import Drawing, Surroundings
 from server.refusals import Refusals
-from server.remote import RouterClient, WorkersClient
+from server.remote import CALL_TIMEOUT_S, RouterClient, WorkersClient
 
 _LAST_WORDS_S = 5.0
 """For telling clients what ended their requests, once the time to finish them is over."""
@@ -85,9 +92,20 @@ class RayDispatcher:
                     self._idle.set()
 
     async def models(self) -> Sequence[ModelInfo]:
-        """The configured models; the default first. None before the first worker is up."""
-        pulse = self._ledger.pulse
-        return () if pulse is None else pulse.models
+        """The configured models; the default first.
+
+        Raises:
+            BackendUnavailableError: no worker has come up yet, and none does in the next seconds.
+        """
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                return (await self._ledger.first_pulse()).models
+        except TimeoutError:
+            raise BackendUnavailableError("no worker is up yet; try again soon") from None
+
+    async def change_model(self, change: ModelChange) -> ModelInfo | None:
+        """Add, reload or remove a model on every worker that is up."""
+        return await self._around.workers.change_model(change)
 
     async def readiness(self) -> Readiness:
         """Whether every configured model is warm, and the router answers."""

@@ -8,7 +8,8 @@ from contextlib import aclosing, asynccontextmanager
 from typing import TypeVar
 
 from server.config import ServeConfig
-from server.messages import PictureTask, WorkerEvent
+from server.messages import ModelChange, ModelInfo, PictureTask, WorkerEvent
+from server.model_changes import apply_change
 from server.ray_dispatch import RayDispatcher
 from server.remote import ReplicaLostError
 from server.router import Router
@@ -113,6 +114,13 @@ class WorkerProcesses:
         self.drawn.append((worker, task))
         return self._wires[worker].stream(self.workers[worker].draw(task))
 
+    async def change_model(self, change: ModelChange) -> ModelInfo | None:
+        infos = [
+            await asyncio.to_thread(apply_change, worker.models, change)
+            for worker in self.workers.values()
+        ]
+        return infos[0]
+
     async def metrics(self) -> Sequence[tuple[str, bytes]]:
         return [(name, worker.metrics_text()) for name, worker in self.workers.items()]
 
@@ -141,6 +149,7 @@ async def routed(
     dispatcher.start()
     try:
         while not (await dispatcher.readiness()).ready:
+            await asyncio.sleep(REPORT_S)
             await dispatcher.load()  # asks the router afresh
         yield dispatcher, router, processes
     finally:
