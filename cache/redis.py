@@ -162,7 +162,7 @@ class RedisNoiseCache:
         return bool(outcome == "stored")
 
     def statistics(self) -> CacheStatistics:
-        """Counters, and what the followed indexes hold; sizes are in :meth:`describe`."""
+        """Counters, and what the followed namespaces held when they were last looked at."""
         with self._lock:
             replicas = list(self._replicas.values())
             resyncs = self._resyncs_before + sum(replica.resyncs for replica in replicas)
@@ -174,6 +174,7 @@ class RedisNoiseCache:
             namespaces=len(replicas),
             entries=sum(replica.index.entries for replica in replicas),
             states=sum(replica.index.states for replica in replicas),
+            size_bytes=sum(replica.size_bytes for replica in replicas),
             limit_bytes=self._limit_bytes,
             policy=self._policy.name,
             resyncs=resyncs,
@@ -215,7 +216,7 @@ class RedisNoiseCache:
         """
         with self._syncing:
             if not self._available:
-                check_version(self._prober)
+                self._check_version()
             with self._lock:
                 replicas = list(self._replicas.items())
             for namespace, replica in replicas:
@@ -240,6 +241,14 @@ class RedisNoiseCache:
                 self._counters.add("errors")
                 delay_s = backoff.failed()
             self._wake.wait(delay_s)
+
+    def _check_version(self) -> None:
+        try:
+            check_version(self._prober)
+        except IncompatibleServerError:
+            # Whoever takes its place is found by connecting anew, not by asking this one again.
+            self._prober.connection_pool.disconnect()
+            raise
 
     def _replica(self, namespace: Namespace) -> Replica:
         with self._lock:

@@ -35,6 +35,8 @@ class Replica:
         self.resyncs = 0
         self.corrupt = 0
         """Records that could not be read, and were left out."""
+        self.size_bytes = 0
+        """What the namespace was charged when it was last looked at."""
         self._position: bytes | None = None  # of the last log entry applied; None: never read
         self._applied = 0
 
@@ -68,10 +70,12 @@ class Replica:
         pipeline.xinfo_stream(self.namespace.log)
         pipeline.xread({self.namespace.log: self._position or _START}, count=_READ_COUNT)
         pipeline.xinfo_stream(self.namespace.log)
-        before, streams, after = pipeline.execute(raise_on_error=False)
-        for answer in (before, streams, after):
+        pipeline.get(self.namespace.size)
+        before, streams, after, size = pipeline.execute(raise_on_error=False)
+        for answer in (before, streams, after, size):
             if isinstance(answer, Exception) and not _is_missing(answer):
                 raise answer
+        self.size_bytes = int(size or 0)
         events = streams[0][1] if streams and not isinstance(streams, Exception) else []
         return _added(before), list(events), _added(after)
 

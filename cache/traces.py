@@ -13,7 +13,8 @@ What is taken from where (the numbers were fixed, and committed, before anything
 - *Drift*: a tenth of the subjects swap their popularity every hour, so that what is popular moves
   over hours (NIRVANA, Agarwal et al., NSDI 2024, finds nearly all reuse within a short window; how
   much is within an hour here, :func:`reuse_within` says).
-- Gaps between sessions are exponential; within one, 30 s on average.
+- Sessions begin at random, 30 an hour, so that a trace of some hundred requests spans hours of
+  drift; within one, the gaps are exponential, 30 s on average.
 
 Prompts are in the words of the default model's world: subject, background, style, a second thing.
 """
@@ -39,7 +40,7 @@ class TraceConfig:
     zipf: float = ZIPF_EXPONENTS[1]
     prompts_per_session: float = 169_620 / 107_051
     pictures_per_prompt: float = 2.0
-    sessions_per_hour: float = 120.0
+    sessions_per_hour: float = 30.0
     gap_in_session_s: float = 30.0
     drift_per_hour: float = 0.1
     """Share of the subjects that change places in popularity every hour."""
@@ -122,7 +123,8 @@ class _Popularity:
     ) -> None:
         weights = np.arange(1, len(subjects) + 1, dtype=np.float64) ** -config.zipf
         self._shares = weights / weights.sum()
-        self._ranked = [subjects[i] for i in random.permutation(len(subjects))]
+        order: list[int] = random.permutation(len(subjects)).tolist()
+        self._ranked: list[str] = [subjects[i] for i in order]
         self._drift = config.drift_per_hour
         self._random = random
         self._hours = 0
@@ -135,7 +137,8 @@ class _Popularity:
             moved = [self._ranked[i] for i in self._random.permutation(places)]
             for place, subject in zip(places, moved, strict=True):
                 self._ranked[place] = subject
-        return self._ranked[self._random.choice(len(self._ranked), p=self._shares)]
+        rank = int(self._random.choice(len(self._ranked), p=self._shares))
+        return self._ranked[rank]
 
 
 def _session(
@@ -178,4 +181,4 @@ def _edited(
 
 def _other(values: Sequence[str], than: str | None, random: np.random.Generator) -> str:
     left = [value for value in values if value != than]
-    return left[random.integers(len(left))]
+    return str(left[int(random.integers(len(left)))])
