@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request
 from fastapi.responses import Response
 
-from engine.errors import DarkroomError, InvalidRequestError
+from engine.errors import InvalidRequestError
 from server.auth import Tenant, tenant_of
-from server.errors import body_of
-from server.jobs.records import FINAL, Job, JobEvent, JobPicture, JobSpec, WebhookTarget, pack
+from server.job_replies import events_of, job_reply
+from server.jobs.records import JobPicture, JobSpec, WebhookTarget, pack
 from server.jobs.store import IdempotencyKey
 from server.orders import Order, model_named, order_of
-from server.replies import usage_of
 from server.request_log import record_of
-from server.schemas.base import ErrorDetail, responses
-from server.schemas.draw import DrawnReply
-from server.schemas.jobs import JobBody, JobList, JobPictureReply, JobReply
+from server.schemas.base import responses
+from server.schemas.jobs import JobBody, JobList, JobReply
 from server.services import Services
-from server.sizes import text_of
-from server.sse import EventStream, ServerEvent
+from server.sse import EventStream
 
 JobId = Annotated[str, Path(pattern=r"^job-[0-9a-f]{32}$")]
 CallingTenant = Annotated[Tenant, Depends(tenant_of)]
@@ -101,7 +95,7 @@ def routes(services: Services) -> APIRouter:
         response.headers["location"] = f"/v1/jobs/{job.spec.id}"
         if replayed:
             response.headers["idempotency-replayed"] = "true"
-        return await _reply(job, services)
+        return await job_reply(job, services)
 
     @router.get(
         "/v1/jobs",
@@ -116,7 +110,7 @@ def routes(services: Services) -> APIRouter:
     ) -> JobList:
         """The key's tenant's own, the newest first; pictures are linked, never inline."""
         found = await jobs.jobs(tenant.id, limit + 1, after)
-        replies = [await _reply(job, services, inline=False) for job in found[:limit]]
+        replies = [await job_reply(job, services, inline=False) for job in found[:limit]]
         return JobList(data=replies, has_more=len(found) > limit)
 
     @router.get(
@@ -127,7 +121,7 @@ def routes(services: Services) -> APIRouter:
     )
     async def get_job(id: JobId, tenant: CallingTenant) -> JobReply:
         """With links to the pictures that are finished."""
-        return await _reply(await jobs.job(tenant.id, id), services)
+        return await job_reply(await jobs.job(tenant.id, id), services)
 
     @router.delete(
         "/v1/jobs/{id}",
@@ -141,7 +135,7 @@ def routes(services: Services) -> APIRouter:
         Of a finished one, everything that is kept is deleted. The reply is the job as it was.
         """
         job = await jobs.cancel(tenant.id, id)
-        return await _reply(job, services, inline=False)
+        return await job_reply(job, services, inline=False)
 
     @router.get(
         "/v1/jobs/{id}/images/{index}",
@@ -174,7 +168,7 @@ def routes(services: Services) -> APIRouter:
         after = int(last_event_id or 0)
         if job.state.final and after and not await jobs.store.events(id, after, limit=1):
             return Response(status_code=204)
-        return EventStream(_events(job, after, services), retry_ms=1000)
+        return EventStream(events_of(job, after, services), retry_ms=1000)
 
     @router.get(
         "/v1/files/{id}/{name}",
@@ -227,77 +221,6 @@ def _key(name: str, body: JobBody) -> IdempotencyKey:
     """Bodies are the same when they say the same, however they are written."""
     said = json.dumps(body.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
     return IdempotencyKey(name, hashlib.sha256(said.encode()).hexdigest())
-
-
-async def _reply(job: Job, services: Services, *, inline: bool | None = None) -> JobReply:
-    spec, state = job.spec, job.state
-    inline = spec.inline if inline is None else inline
-    finished_at_s = state.finished_at_s
-    ttl_s = services.config.jobs.ttl_s
-    return JobReply(
-        id=spec.id,
-        status=state.status,
-        cancelling=job.cancelling and not state.final,
-        created_at=int(spec.created_at_s),
-        started_at=None if state.started_at_s is None else int(state.started_at_s),
-        finished_at=None if finished_at_s is None else int(finished_at_s),
-        expires_at=None if finished_at_s is None else int(finished_at_s + ttl_s),
-        model=spec.model,
-        n=len(spec.seeds),
-        size=text_of((spec.width_px, spec.height_px)),
-        output_format=spec.output.format,
-        usage=usage_of(spec.rows),
-        attempts=state.attempts,
-        data=[
-            await _picture(job, index, services, inline=inline) for index in sorted(state.done())
-        ],
-        error=None if state.error is None else ErrorDetail.model_validate(state.error),
-    )
-
-
-async def _picture(job: Job, index: int, services: Services, *, inline: bool) -> JobPictureReply:
-    spec = job.spec
-    encoded: str | None = None
-    if inline:
-        picture = await services.jobs.picture(spec.tenant, spec.id, index)
-        encoded = base64.b64encode(picture.data).decode()
-    path = await services.jobs.links.path(spec.id, index, spec.output.format)
-    return JobPictureReply(
-        index=index,
-        url=spec.base_url + path,
-        b64_json=encoded,
-        darkroom=DrawnReply.model_validate(job.state.pictures[str(index)]),
-    )
-
-
-async def _events(job: Job, after: int, services: Services) -> AsyncGenerator[ServerEvent, None]:
-    """Every event of a job, and an error as the last where the store stays away."""
-    try:
-        async with aclosing(services.jobs.follow(job.spec.id, after)) as pieces:
-            async for piece in pieces:
-                latest = {event.data.get("index"): event for event in piece}
-                for event in piece:
-                    newest = latest[event.data.get("index")] is event
-                    yield await _event(job, event, services, newest=newest)
-    except DarkroomError as error:
-        yield ServerEvent(event="error", data=body_of(error))
-
-
-async def _event(job: Job, event: JobEvent, services: Services, *, newest: bool) -> ServerEvent:
-    data: dict[str, Any] = dict(event.data)
-    name = event.name
-    if name in FINAL:
-        name = "done"
-        ended = await services.jobs.job(job.spec.tenant, job.spec.id)
-        data = (await _reply(ended, services, inline=False)).model_dump()
-    elif name == "picture":
-        path = await services.jobs.links.path(job.spec.id, data["index"], job.spec.output.format)
-        data = {"index": data["index"], "url": job.spec.base_url + path, "darkroom": data}
-    elif name == "progress" and data.pop("preview") and newest:
-        preview = await services.jobs.store.preview(job.spec.id, data["index"])
-        if preview is not None and preview.step == data["step"]:
-            data["preview_b64"] = base64.b64encode(preview.data).decode()
-    return ServerEvent(event=name, data=data, id=str(event.number))
 
 
 def _file(picture: JobPicture) -> Response:

@@ -6,20 +6,17 @@ its first use, every call has a timeout, and a call that fails says ``JobsUnavai
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any, cast
 
 from redis.exceptions import RedisError
 
 from server.errors import JobsUnavailableError
 from server.jobs import scripts
-from server.jobs.bell import Bell
 from server.jobs.records import (
     MAX_EVENTS,
     Change,
@@ -28,11 +25,11 @@ from server.jobs.records import (
     JobPicture,
     JobPreview,
     spec_json,
-    spec_of,
     state_json,
-    state_of,
 )
 from server.jobs.redis_client import answering, connect, key
+from server.jobs.redis_news import News
+from server.jobs.redis_values import FIELDS, blob_keys, event_of, job_of
 from server.jobs.store import (
     Bounds,
     IdempotencyKey,
@@ -42,7 +39,6 @@ from server.jobs.store import (
     Known,
 )
 
-_FIELDS = ("spec", "state", "owner", "cancel", "attempts")
 _SWEEP = 100
 
 
@@ -60,19 +56,16 @@ class RedisJobStore:
         self._redis = connect(url, timeout_s)
         self._bounds = bounds
         self._now_s = now_s
-        self._bell = Bell()
-        self._news: asyncio.Task[None] | None = None
+        self._news = News(self._redis)
         self._secret: bytes | None = None
 
     async def start(self) -> None:
         """Listen for other gateways' news."""
-        self._news = asyncio.create_task(self._listen())
+        self._news.start()
 
     async def close(self) -> None:
         """Let go of all connections."""
-        if self._news is not None:
-            self._news.cancel()
-            await asyncio.gather(self._news, return_exceptions=True)
+        await self._news.close()
         with suppress(RedisError, OSError):
             await self._redis.connection_pool.disconnect()
             await self._redis.aclose()
@@ -104,8 +97,8 @@ class RedisJobStore:
     async def job(self, job_id: str) -> Job | None:
         """See :class:`JobStore`."""
         with answering():
-            found = await self._redis.hmget(key("job", job_id), _FIELDS)
-        return _job_of(found)
+            found = await self._redis.hmget(key("job", job_id), FIELDS)
+        return job_of(found)
 
     async def jobs(self, tenant: str, limit: int, before: str | None = None) -> Sequence[Job]:
         """See :class:`JobStore`."""
@@ -121,8 +114,8 @@ class RedisJobStore:
                 first += len(ids)
                 async with self._redis.pipeline(transaction=False) as pipe:
                     for job_id in ids:
-                        pipe.hmget(key("job", job_id.decode()), _FIELDS)
-                    jobs = [_job_of(values) for values in await pipe.execute()]
+                        pipe.hmget(key("job", job_id.decode()), FIELDS)
+                    jobs = [job_of(values) for values in await pipe.execute()]
                 if gone := [job_id for job_id, job in zip(ids, jobs, strict=True) if job is None]:
                     first -= await self._redis.zrem(mine, *gone)
                 found += [job for job in jobs if job is not None]
@@ -134,11 +127,11 @@ class RedisJobStore:
             entries = await self._redis.xrange(
                 key("events", job_id), min=f"({after}-0", max="+", count=limit
             )
-        return [_event_of(number, fields) for number, fields in entries]
+        return [event_of(number, fields) for number, fields in entries]
 
     async def heard(self, job_id: str, timeout_s: float) -> None:
         """See :class:`JobStore`."""
-        await self._bell.wait(job_id, timeout_s)
+        await self._news.wait(job_id, timeout_s)
 
     async def picture(self, job_id: str, index: int) -> JobPicture | None:
         """See :class:`JobStore`."""
@@ -153,7 +146,7 @@ class RedisJobStore:
     async def cancel(self, job_id: str) -> None:
         """See :class:`JobStore`."""
         if await self._run(scripts.CANCEL, [key("job", job_id)], []):
-            await self._tell(job_id)
+            await self._news.tell(job_id)
 
     async def forget(self, job_id: str) -> None:
         """See :class:`JobStore`."""
@@ -161,9 +154,9 @@ class RedisJobStore:
         keys = [key(kind) for kind in ("finished", "held", "sizes", "webhooks", "tries")]
         keys += [key("job", job_id), key("events", job_id)]
         if job is not None:
-            keys += _blob_keys(job)
+            keys += blob_keys(job)
         if await self._run(scripts.FORGET, keys, [job_id]):
-            await self._tell(job_id)
+            await self._news.tell(job_id)
 
     async def secret(self) -> bytes:
         """See :class:`JobStore`."""
@@ -182,7 +175,7 @@ class RedisJobStore:
         """See :class:`JobStore`."""
         job_id, count, final = job.spec.id, len(job.spec.seeds), change.state.final
         kinds = ("unfinished", "finished", "webhooks", "held", "sizes")
-        keys = [key("job", job_id), key("events", job_id), *map(key, kinds), *_blob_keys(job)]
+        keys = [key("job", job_id), key("events", job_id), *map(key, kinds), *blob_keys(job)]
         arguments: list[Any] = [job_id, job.owner, self._now_s(), self._life_ms(job, final=final)]
         arguments += [MAX_EVENTS, state_json(change.state), int(final)]
         arguments += [int(job.spec.webhook is not None), count, len(change.events), key("news")]
@@ -197,7 +190,7 @@ class RedisJobStore:
             raise JobGoneError("the store does not know the job")
         if said[0] == b"lost":
             raise JobLostError("the job has another owner, or is done")
-        self._bell.ring(job_id)
+        self._news.ring(job_id)
         if final:
             await self.sweep()
         return bool(said[1] == b"1")
@@ -310,44 +303,3 @@ class RedisJobStore:
         """How long Redis keeps what belongs to the job from now on."""
         left_s = 0.0 if final else max(0.0, job.spec.deadline_at_s - self._now_s())
         return int((left_s + self._bounds.ttl_s) * 1000)
-
-    async def _tell(self, job_id: str) -> None:
-        """Wake whoever waits, here at once and elsewhere through Redis; both are only hints."""
-        self._bell.ring(job_id)
-        with suppress(RedisError, OSError):
-            await self._redis.publish(key("news"), job_id)
-
-    async def _listen(self) -> None:
-        while True:
-            try:
-                async with self._redis.pubsub(ignore_subscribe_messages=True) as channel:
-                    await channel.subscribe(key("news"))
-                    while True:
-                        message = await channel.get_message(timeout=5.0)
-                        if message is not None:
-                            self._bell.ring(message["data"].decode())
-            except (RedisError, OSError):
-                await asyncio.sleep(0.5)  # readers look by themselves every second
-
-
-def _job_of(values: Sequence[bytes | None]) -> Job | None:
-    spec, state, owner, cancel, attempts = values
-    if spec is None or state is None or owner is None:
-        return None
-    return Job(
-        spec=spec_of(spec),
-        state=replace(state_of(state), attempts=int(attempts or 1)),
-        owner=owner.decode(),
-        cancelling=cancel == b"1",
-    )
-
-
-def _event_of(number: bytes, fields: Mapping[bytes, bytes]) -> JobEvent:
-    data = json.loads(fields[b"data"])
-    return JobEvent(int(number.split(b"-")[0]), fields[b"name"].decode(), data)
-
-
-def _blob_keys(job: Job) -> list[str]:
-    """Keys of every picture, then of every preview."""
-    indices = [str(index) for index in range(len(job.spec.seeds))]
-    return [key(kind, job.spec.id, index) for kind in ("picture", "preview") for index in indices]

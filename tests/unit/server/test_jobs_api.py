@@ -25,6 +25,7 @@ from server.config import (
 )
 from server.errors import JobsUnavailableError
 from server.gateway import create_app
+from server.job_replies import events_of
 from server.jobs.memory import MemoryJobStore
 from server.services import Services
 from tests.unit.server.scripted import ScriptedDispatcher, services_of
@@ -151,10 +152,8 @@ async def test_the_latest_preview_comes_with_its_step() -> None:
 
 async def following(server: Server, job_id: str) -> AsyncIterator[dict[str, Any]]:
     """Events as they happen, which an ASGI client in one process cannot show."""
-    from server.api.jobs import _events
-
     job = await server.services.jobs.job("anonymous", job_id)
-    async for event in _events(job, 0, server.services):
+    async for event in events_of(job, 0, server.services):
         for item in parsed(event.encode().decode()):
             yield item
 
