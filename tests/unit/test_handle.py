@@ -110,6 +110,27 @@ def test_cancel_goes_to_the_loop_by_id() -> None:
     assert cancelled == ["h"]
 
 
+def test_a_picture_that_nobody_wants_any_more_is_not_decoded() -> None:
+    handle = make()
+    handle.cancel()
+    handle.on_done(LATENT, 1.0)
+    with pytest.raises(CancelledError, match="after the last step"):
+        handle.result(0)
+
+
+def test_the_owner_hears_of_the_first_step() -> None:
+    heard: list[str] = []
+    handle = Handle(
+        "h",
+        finished=Finished(decode_at_once, picture),
+        cancel=lambda _: None,
+        on_start=lambda: heard.append("begun"),
+    )
+    assert heard == []
+    handle.on_first_tick(0.0)
+    assert heard == ["begun"]
+
+
 def test_waiting_has_a_time_limit() -> None:
     with pytest.raises(TimeoutError):
         make().result(0.01)
