@@ -142,14 +142,16 @@ class Admission:
                 known = self._leases.get(id_)
                 self._lease(grant, known.steps_left if known else grant.ticket.steps)
 
-    def lose(self, worker: str) -> None:
+    def lose(self, worker: str) -> bool:
         """A gateway cannot reach a worker: its leases are void, and for a while it gets no more.
 
-        It may still report, when it is being stopped or the gateway is mistaken.
+        It may still report, when it is being stopped or the gateway is mistaken. Returns whether
+        this is news.
         """
-        self._workers.pop(worker, None)
+        known = self._workers.pop(worker, None) is not None
         self._lost[worker] = self._clock.now_s()
         self._leases = {i: held for i, held in self._leases.items() if held.grant.worker != worker}
+        return known
 
     # ------------------------------------------------------------------ what workers say
 

@@ -61,7 +61,13 @@ def build_with_log(config: ServeConfig, log: Path | None) -> Application:
         **deploy,
         **_replicas(config),
     )
-    gateway = serve.deployment(Gateway, name="Gateway", ray_actor_options=light, **deploy)
+    gateway = serve.deployment(
+        Gateway,
+        name="Gateway",
+        num_replicas=config.http.gateways,
+        ray_actor_options=light,
+        **deploy,
+    )
     to_router = router.bind(config, log)
     return gateway.bind(config, to_router, worker.bind(config, to_router, log), log)
 

@@ -46,6 +46,8 @@ class HttpConfig(Section):
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    gateways: Annotated[int, Field(ge=1)] = 1
+    """Processes that listen; those of one machine share the port."""
     max_head_bytes: Annotated[int, Field(gt=0)] = 32 << 10
     """Of a request's first line and headers together."""
     max_connections: Annotated[int, Field(gt=0)] = 1000
@@ -236,6 +238,11 @@ class ServeConfig(Section):
         names = [name for model in self.models for name in (model.id, *model.aliases)]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"models: {twice[0]!r} names two of them")
+        if self.http.gateways > 1 and self.redis.url is None:
+            raise ValueError(
+                f"http.gateways is {self.http.gateways}: they share jobs in Redis, and redis.url is"
+                " not set"
+            )
         if self.auth_on and not any(tenant.key_hashes for tenant in self.auth.tenants):
             why = "" if self.auth.enabled else f" (http.host is {self.http.host}, not loopback)"
             raise ValueError(

@@ -104,7 +104,9 @@ class Drawing:
             if isinstance(news, _Refusal):
                 raise news.error
             if isinstance(news, Drawn | Failed):
-                self._open.discard(news.index)
+                if news.index not in self._open:
+                    continue  # its work failed unforeseen when its picture was there
+                self._open.remove(news.index)
             yield news
 
     def abandon(self, error: DarkroomError) -> None:
@@ -248,16 +250,18 @@ class Drawing:
                 error = WorkerLostError(f"{deaths} workers died with this picture")
                 await self._fail(grant.ticket, error)
                 return
-            async with aclosing(self._grants([self._again(grant.ticket, number)])) as grants:
-                if (next_grant := await anext(grants, None)) is None:
-                    return  # its deadline passed
-                grant = next_grant
+            again = [grant async for grant in self._grants([self._again(grant.ticket, number)])]
+            if not again:
+                return  # its deadline passed
+            [grant] = again
 
     async def _draw(self, grant: Grant, *, attempt: int) -> DarkroomError | None:
         """Pass on what the worker says; returns why another one has to go on, if one has to."""
         task = self._tasks[grant.ticket.id]
         waited_s = self._around.clock.now_s() - self._began_at_s
+        unfinished: DarkroomError | None = ReplicaLostError("the worker ended without a word")
         try:
+            # Read to its end: leaving a stream early cancels the call behind it.
             async with aclosing(self._around.workers.draw(grant.worker, task)) as events:
                 async for event in events:
                     match event:
@@ -265,19 +269,19 @@ class Drawing:
                             self._tasks[task.id] = replace(task, snapshot=event.snapshot)
                         case Started():
                             await self._news.put(replace(event, attempt=attempt))
+                        case Failed(error=ClosedError() | OverloadedError() | CancelledError()):
+                            unfinished = event.error  # the worker's: nobody here cancelled
                         case Drawn():
                             await self._news.put(_after(event, waited_s, attempt))
-                            return None
-                        case Failed(error=ClosedError() | OverloadedError() | CancelledError()):
-                            return event.error  # its state, not the task's: nobody here cancelled
+                            unfinished = None
                         case Failed():
                             await self._news.put(event)
-                            return None
+                            unfinished = None
                         case _:
                             await self._news.put(event)
         except ReplicaLostError as error:
-            return error
-        return ReplicaLostError("the worker ended the picture without a word")
+            return None if unfinished is None else error
+        return unfinished
 
     def _again(self, ticket: Ticket, number: int) -> Ticket:
         """The same task from where it stands, under a name that nothing late can refer to."""

@@ -146,9 +146,9 @@ class Router:
 
     async def lose(self, worker: str) -> None:
         """A gateway saw ``worker`` die."""
-        _log.warning("worker %s is lost", worker)
-        self._metrics.lost_workers.inc()
-        self._admission.lose(worker)
+        if self._admission.lose(worker):
+            _log.warning("worker %s is lost", worker)
+            self._metrics.lost_workers.inc()
 
     # ------------------------------------------------------------------ for workers
 
