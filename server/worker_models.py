@@ -23,11 +23,6 @@ Progress = Callable[[str, str, int, int], None]
 """Told (model id, stage, done, total) while a plan is built."""
 
 
-def worker_threads(config: ServeConfig, settings: Settings) -> int:
-    """CPU threads of one worker's graphs: as configured, or its share of the cores."""
-    return config.workers.threads or max(1, settings.threads // config.workers.replicas)
-
-
 class ModelHost:
     """Builds or opens the plans of configured models, on one runtime for each backend.
 
@@ -36,7 +31,7 @@ class ModelHost:
 
     def __init__(self, config: ServeConfig, settings: Settings) -> None:
         self._device = config.workers.device
-        self._threads = worker_threads(config, settings)
+        self._threads = config.workers.threads_of(settings.threads)
         self._models_folder = settings.models
         self._store = PlanStore(settings.plans)
         self._runtimes: dict[str, Runtime] = {}
