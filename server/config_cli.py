@@ -26,9 +26,11 @@ ConfigOption = Annotated[
 def check(config: ConfigOption = None) -> None:
     """Say whether the configuration can be served, and name everything that is wrong."""
     from server.auth import KeyRing
+    from server.jobs.addresses import AllowedHosts
 
     served = served_config(config)
     keys = KeyRing.of(served)
+    AllowedHosts(served.jobs.webhook_hosts)
     models = Settings.from_environment().models
     for i, model in enumerate(served.models):
         folder = model.path or models / model.id
@@ -38,7 +40,12 @@ def check(config: ConfigOption = None) -> None:
                 f"{key}: {folder} is no folder in Diffusers layout", field=key
             )
     who = f"{len(keys.tenants())} tenants with keys" if keys.enabled else "no keys needed"
-    where = "in Redis" if served.redis.url else "in memory"
+    where = "in memory"
+    if served.redis.url is not None:
+        from server.jobs.redis_client import connect
+
+        connect(served.redis.url, served.redis.timeout_s)  # which it does at its first use only
+        where = "in Redis"
     typer.echo(
         f"ok: {', '.join(model.id for model in served.models)}"
         f" on {served.http.host}:{served.http.port}, {who}, jobs {where}"

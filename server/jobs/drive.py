@@ -201,6 +201,17 @@ class Drive:
         self._end("failed", error=detail)
 
     def _end(self, status: Status, **data: Any) -> None:
+        spec, state = self._job.spec, self._out.state
+        fields: dict[str, Any] = {
+            "job": spec.id,
+            "tenant": spec.tenant,
+            "model": spec.model,
+            "status": status,
+            "pictures": len(state.pictures),
+            "attempts": self._job.state.attempts,
+            "duration_ms": round((self._means.now_s() - spec.created_at_s) * 1000),
+        }
+        _log.info("job", extra={"darkroom_fields": fields})
         # The event first: the write that holds the final state is the last one.
         self._out.tell(status, {"status": status, **data})
         self._out.change(status=status, finished_at_s=self._means.now_s())

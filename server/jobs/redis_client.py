@@ -12,6 +12,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import RedisError
 
+from engine.errors import InvalidRequestError
 from server.errors import JobsUnavailableError
 
 _log = logging.getLogger(__name__)
@@ -33,16 +34,25 @@ def connect(url: str, timeout_s: float) -> Any:
 
     Args:
         timeout_s: of each call, connecting included; it is tried at most three times.
+
+    Raises:
+        InvalidRequestError: no address of a Redis. It may hold a password, so it is not shown.
     """
-    pool = BlockingConnectionPool.from_url(
-        url,
-        max_connections=_CONNECTIONS,
-        timeout=timeout_s,
-        socket_timeout=timeout_s,
-        socket_connect_timeout=timeout_s,
-        health_check_interval=15,
-        retry=Retry(ExponentialBackoff(cap=0.2, base=0.02), 2),
-    )
+    try:
+        pool = BlockingConnectionPool.from_url(
+            url,
+            max_connections=_CONNECTIONS,
+            timeout=timeout_s,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            health_check_interval=15,
+            retry=Retry(ExponentialBackoff(cap=0.2, base=0.02), 2),
+        )
+    except ValueError:
+        raise InvalidRequestError(
+            "redis.url must be redis://, rediss:// or unix:// with a host or path",
+            field="redis.url",
+        ) from None
     return Redis(connection_pool=pool)
 
 

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine.ports import SystemClock
 from server.auth import KeyRing
-from server.config import AuthConfig, HttpConfig, TenantConfig
+from server.config import AuthConfig, HttpConfig, ServeConfig, TenantConfig
 from server.listener import uvicorn_config
 from server.middleware.body_limit import BodyLimit
 from server.middleware.door import Door
@@ -61,11 +61,17 @@ def listening(http: HttpConfig, app: ASGIApp) -> Iterator[int]:
 
 
 def main(key_hash: str) -> None:
-    """Serve with a key until killed; prints the port."""
-    http = HttpConfig()
+    """Serve the whole application, drawing by script, with a key until killed; prints the port."""
+    from server.gateway import create_app
+    from server.services import open_services
+    from tests.unit.server.scripted import ScriptedDispatcher
+
+    tenants = (TenantConfig(id="a", key_hashes=(key_hash,)),)
+    config = ServeConfig(auth=AuthConfig(tenants=tenants))
+    app = create_app(open_services(config, ScriptedDispatcher()))
     listener = socket.create_server(("127.0.0.1", 0))
     print(listener.getsockname()[1], flush=True)
-    uvicorn.Server(uvicorn_config(bounded(http, key_hash), http)).run(sockets=[listener])
+    uvicorn.Server(uvicorn_config(app, config.http)).run(sockets=[listener])
 
 
 if __name__ == "__main__":

@@ -115,3 +115,23 @@ def test_config_check_names_a_model_that_is_not_there(
     (tmp_path / "small" / "model_index.json").write_text("{}")
     found = runner.invoke(app, ["config", "check", "-c", str(path)])
     assert found.stdout == "ok: small on 127.0.0.1:8000, no keys needed, jobs in memory\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("jobs: {webhook_hosts: ['https://hooks.example']}", "jobs.webhook_hosts"),
+        ("redis: {url: 'http://:geheim@cache'}", "redis.url"),
+        ("auth: {tenants: [{id: a, key_hashes: [geheim]}]}", "auth.tenants"),
+    ],
+)
+def test_config_check_looks_deeper_than_types(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, key: str
+) -> None:
+    (tmp_path / "tintype").mkdir()
+    (tmp_path / "tintype" / "model_index.json").write_text("{}")
+    monkeypatch.setenv("DARKROOM_MODELS", str(tmp_path))
+    done = runner.invoke(app, ["config", "check", "-c", str(written(tmp_path, text))])
+    assert isinstance(done.exception, InvalidRequestError)
+    assert done.exception.field == key
+    assert "geheim" not in str(done.exception)
