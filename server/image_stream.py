@@ -12,10 +12,9 @@ from typing import Any, Literal
 
 from engine.errors import DarkroomError
 from server.errors import body_of, row_of
-from server.events import OpenedEvents
+from server.ladder import Admitted
 from server.messages import Drawn, Failed, PictureEvent, Stepped
 from server.metrics import GatewayMetrics
-from server.orders import Order
 from server.replies import usage_of
 from server.request_log import RequestRecord
 from server.schemas.draw import DrawnReply
@@ -30,7 +29,7 @@ Kind = Literal["image_generation", "image_edit"]
 
 @dataclass(slots=True, kw_only=True)
 class ImageStream:
-    """Translates the events of one order.
+    """Translates the events of one order that was admitted.
 
     Attributes:
         began_s: when the request came, on ``now_s``'s clock.
@@ -38,7 +37,7 @@ class ImageStream:
 
     kind: Kind
     body: GenerationBody
-    order: Order
+    admitted: Admitted
     record: RequestRecord
     metrics: GatewayMetrics
     tenant: str
@@ -46,14 +45,15 @@ class ImageStream:
     now_s: Callable[[], float] = time.monotonic
     _previews: dict[int, int] = field(default_factory=dict)
 
-    async def events(self, source: OpenedEvents) -> AsyncGenerator[ServerEvent, None]:
+    async def events(self) -> AsyncGenerator[ServerEvent, None]:
         """Events to send. A failure is the last one: the status line has long gone out."""
         pictures: list[Drawn] = []
         try:
-            async for event in source:
+            async for event in self.admitted.events:
                 if isinstance(event, Failed):
                     raise event.error
                 if isinstance(event, Drawn):
+                    event = self.admitted.named(event)
                     pictures.append(event)
                 if (translated := self._translate(event)) is not None:
                     yield translated
@@ -95,7 +95,8 @@ class ImageStream:
         )
 
     def _completed(self, picture: Drawn) -> ServerEvent:
-        rows = self.order.rows // len(self.order.tasks)
+        order = self.admitted.order
+        rows = order.rows // len(order.tasks)
         return self._named(
             "completed",
             {
@@ -108,10 +109,11 @@ class ImageStream:
 
     def _named(self, what: str, fields: dict[str, Any]) -> ServerEvent:
         name = f"{self.kind}.{what}"
+        order = self.admitted.order
         common = {
             "type": name,
             "created_at": int(time.time()),
-            "size": text_of((self.order.width_px, self.order.height_px)),
+            "size": text_of((order.width_px, order.height_px)),
             "quality": self.body.quality or "auto",
             "background": "opaque",
         }

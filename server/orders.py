@@ -1,4 +1,4 @@
-"""From a checked body to tasks, and from a dispatcher's events to pictures.
+"""From a checked body to tasks.
 
 Shared by every interface that draws, so that they refuse, default and count alike.
 """
@@ -8,15 +8,13 @@ from __future__ import annotations
 import secrets
 import time
 import uuid
-from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from engine.errors import LimitExceededError
 from engine.types import MAX_SEED, CacheDirective, CacheMode, GenerateRequest, Image
 from server.auth import Tenant
-from server.dispatch import Dispatcher
 from server.errors import ForbiddenError, NotFoundError, UnprocessableError
-from server.messages import Drawn, Failed, ModelInfo, Output, PictureTask
+from server.messages import ModelInfo, Output, PictureTask
 from server.schemas.draw import DrawBody
 from server.services import Services
 from server.sizes import Size, allowed_size
@@ -138,22 +136,6 @@ def order_of(
     else:
         width_px, height_px = size or (model.native_px, model.native_px)
     return Order(model=model, tasks=tasks, width_px=width_px, height_px=height_px)
-
-
-async def drawn(dispatcher: Dispatcher, order: Order) -> list[Drawn]:
-    """Draw an order; its pictures in order of their index. Cancelled, it cancels the tasks.
-
-    Raises:
-        DarkroomError: the refusal, or the first task's failure; the other tasks are cancelled.
-    """
-    pictures: list[Drawn] = []
-    async with aclosing(dispatcher.draw(order.tasks)) as events:
-        async for event in events:
-            if isinstance(event, Failed):
-                raise event.error
-            if isinstance(event, Drawn):
-                pictures.append(event)
-    return sorted(pictures, key=lambda picture: picture.index)
 
 
 def _check_tenant(body: DrawBody, tenant: Tenant) -> None:

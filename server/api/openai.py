@@ -12,10 +12,11 @@ from server.api.jobs import base_url
 from server.auth import Tenant, tenant_of
 from server.disconnect import until_gone
 from server.edits import inputs_of, read_edit
-from server.events import opened
 from server.image_stream import ImageStream, Kind
+from server.ladder import admitted, drawing
+from server.messages import Drawn
 from server.openapi import edit_form
-from server.orders import Order, drawn, model_named, order_of
+from server.orders import Order, model_named, order_of
 from server.replies import TIMING_HEADERS, images_reply, timing_headers
 from server.request_log import record_of
 from server.schemas.base import responses
@@ -94,19 +95,31 @@ async def _answer(
         user=body.safety_identifier or body.user,
     )
     if body.stream:
-        order = order.with_previews(body.partial_images or 0)
+        found = await until_gone(
+            request.receive,
+            admitted(
+                services.dispatcher,
+                order,
+                degrade=body.degrade,
+                previews=body.partial_images or 0,
+            ),
+        )
         stream = ImageStream(
             kind=kind,
             body=body,
-            order=order,
+            admitted=found,
             record=record,
             metrics=services.metrics,
             tenant=tenant,
             began_s=time.monotonic(),
         )
-        source = await until_gone(request.receive, opened(services.dispatcher.draw(order.tasks)))
-        return EventStream(stream.events(source), sources=[source])
-    pictures = await until_gone(request.receive, drawn(services.dispatcher, order))
+        return EventStream(stream.events(), sources=[found])
+
+    async def draw() -> tuple[Order, list[Drawn]]:
+        async with drawing(services.dispatcher, order, degrade=body.degrade) as found:
+            return found.order, await found.pictures()
+
+    order_drawn, pictures = await until_gone(request.receive, draw())
     record.drew(pictures)
     services.metrics.drew(pictures, tenant=tenant)
     urls: list[str] = []
@@ -114,7 +127,7 @@ async def _answer(
         prefix = base_url(request, services)
         paths = await services.jobs.links.publish(tenant, pictures)
         urls = [prefix + path for path in paths]
-    reply = images_reply(body, order, pictures, urls)
+    reply = images_reply(body, order_drawn, pictures, urls)
     return Response(
         reply.model_dump_json(), headers=timing_headers(pictures), media_type="application/json"
     )

@@ -31,6 +31,8 @@ class JobBody(GenerationBody):
 
     response_format: Annotated[Literal["b64_json", "url"] | None, Field(examples=["url"])] = None
     """`url`, the default, links to the pictures; `b64_json` puts them into the reply as well."""
+    degrade: Literal[False] = False
+    """Does not apply: a job waits until there is room for all of its steps."""
     webhook: WebhookBody | None = None
     """Called once the job has ended, however it did."""
 

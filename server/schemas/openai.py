@@ -33,6 +33,9 @@ class GenerationBody(DrawBody):
     Events of a stream always carry them."""
     style: Literal["vivid", "natural"] | None = None
     """Accepted without effect: say it in the prompt."""
+    degrade: bool = False
+    """Where the request would be refused for load, or because its deadline cannot be met, draw with
+    three quarters, a half or a quarter of its steps instead; `approximations` then says so."""
     stream: bool | None = None
     """Answer with server-sent events instead of one reply."""
     partial_images: Annotated[int | None, Field(ge=0, le=100, examples=[2])] = None

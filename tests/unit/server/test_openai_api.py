@@ -12,7 +12,12 @@ import pytest
 from PIL import Image as Pillow
 from starlette.testclient import TestClient
 
-from engine.errors import ClosedError, ExecutionError, OverloadedError
+from engine.errors import (
+    ClosedError,
+    DeadlineExceededError,
+    ExecutionError,
+    OverloadedError,
+)
 from engine.types import MAX_SEED
 from server.config import LimitsConfig, ModelConfig, ServeConfig
 from server.gateway import create_app
@@ -246,6 +251,59 @@ def test_a_failed_picture_fails_the_request(
     dispatcher.failures[1] = ExecutionError("NaN at step 3")
     assert error_of(generate(client, n=3), 500)["code"] == "execution_failed"
     assert dispatcher.closed == 1
+
+
+# ------------------------------------------------------------------------------------- ladder
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("refusal", [OverloadedError("full"), DeadlineExceededError("too late")])
+def test_who_allows_it_gets_fewer_steps_instead_of_a_refusal(
+    client: TestClient, dispatcher: ScriptedDispatcher, refusal: Exception, stream: bool
+) -> None:
+    dispatcher.refusal, dispatcher.room_steps = refusal, 10
+    reply = generate(client, degrade=True, steps=20, seed=3, n=2, stream=stream)
+    assert reply.status_code == 200, reply.text
+    assert dispatcher.offered == [20, 15, 10]
+    if stream:
+        drawn = [data["darkroom"] for _, data in events_of(reply.text)]
+    else:
+        drawn = [item["darkroom"] for item in reply.json()["data"]]
+        assert reply.json()["usage"]["total_tokens"] == 2 * 10 * 2
+    assert [item["steps"] for item in drawn] == [10, 10]
+    assert sorted(item["seed"] for item in drawn) == [3, 4]
+    assert all(item["approximations"]["degraded"] == "10 of 20 steps" for item in drawn)
+
+
+def test_nobody_is_degraded_who_did_not_allow_it_or_need_not_be(
+    client: TestClient, dispatcher: ScriptedDispatcher
+) -> None:
+    drawn = generate(client, degrade=True, steps=20).json()["data"][0]["darkroom"]
+    assert (drawn["steps"], drawn["approximations"]) == (20, {"precision": "int8"})
+    dispatcher.refusal, dispatcher.room_steps = OverloadedError("full"), 10
+    assert error_of(generate(client, steps=20), 429)["code"] == "overloaded"
+    assert dispatcher.offered == [20, 20]
+
+
+@pytest.mark.parametrize(
+    ("fields", "offered"),
+    [
+        ({"steps": 20}, [20, 15, 10, 5]),
+        ({"steps": 6}, [6, 4]),
+        ({"steps": 2}, [2]),
+        ({"timesteps": [900, 500, 100]}, [20]),
+    ],
+)
+def test_the_ladder_ends_and_the_first_refusal_counts(
+    client: TestClient,
+    dispatcher: ScriptedDispatcher,
+    fields: dict[str, Any],
+    offered: list[int],
+) -> None:
+    dispatcher.refusal = OverloadedError("the queue is full", retry_after_s=7)
+    reply = generate(client, degrade=True, **fields)
+    assert error_of(reply, 429)["message"] == "the queue is full"
+    assert dispatcher.offered == offered
 
 
 # ------------------------------------------------------------------------------------ streams
