@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +14,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from engine.errors import DarkroomError, InvalidRequestError
+from server.cache_cli import cache_app
 from server.config_cli import config_app, keys_app
+from server.models_cli import models_app
 from server.serve_cli import serve
 from server.settings import Settings
 
 if TYPE_CHECKING:
-    from engine.compile.manifest import PlanManifest
     from engine.compile.plan import Plan
     from engine.types import Image
 
@@ -34,6 +34,8 @@ app = typer.Typer(
 app.command()(serve)
 app.add_typer(config_app, name="config")
 app.add_typer(keys_app, name="keys")
+app.add_typer(cache_app, name="cache")
+app.add_typer(models_app, name="models")
 _out = Console()
 _err = Console(stderr=True)
 
@@ -147,25 +149,6 @@ def compile_(
 
 
 @app.command()
-def models() -> None:
-    """List the models that can be served here."""
-    from engine.checkpoint import Checkpoint
-
-    settings = Settings.from_environment()
-    table = Table("model", "family", "native size", "prediction", "solver", "served")
-    for folder in sorted(settings.models.glob("*/model_index.json")):
-        try:
-            spec = Checkpoint.open(folder.parent).model_spec()
-        except DarkroomError as error:
-            table.add_row(folder.parent.name, "", "", "", "", f"no: {error}")
-            continue
-        native = f"{spec.latent.native_px} px"
-        solver = str(spec.scheduler_config.get("_class_name", ""))
-        table.add_row(spec.name, spec.family, native, spec.prediction_type, solver, "yes")
-    _out.print(table)
-
-
-@app.command()
 def inspect(
     what: Annotated[str, typer.Argument(help="A plan's digest or folder, or a model.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest itself.")] = False,
@@ -180,11 +163,13 @@ def inspect(
         spec = Checkpoint.open(folder).model_spec()
         _out.print_json(spec.model_dump_json())
         return
-    manifest = PlanStore(settings.plans).open(what).manifest
+    plan = PlanStore(settings.plans).open(what)
     if as_json:
-        _out.print_json(manifest.model_dump_json())
+        _out.print_json(plan.manifest.model_dump_json())
     else:
-        _describe(manifest)
+        from server.describe import describe_plan
+
+        describe_plan(_out, plan.manifest, plan.folder)
 
 
 @app.command()
@@ -263,23 +248,3 @@ def _progress() -> Iterator[Progress]:
     )
     with Progress(*columns, console=_err, transient=True) as progress:
         yield progress
-
-
-def _describe(manifest: PlanManifest) -> None:
-    latent = manifest.model.latent
-    _out.print(
-        f"[bold]{manifest.model.name}[/] {manifest.backend} {manifest.precision}\n"
-        f"digest {manifest.digest}\n"
-        f"latent {latent.channels} channels, {latent.factor_px} px a cell;"
-        f" native {latent.native_px} px\n"
-        f"versions {json.dumps(manifest.versions)}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    table = Table("segment", "inputs", "outputs", "adapter sites")
-    for segment in manifest.unet:
-        sites = sum(site.segment == segment.name for site in manifest.adapter_sites)
-        inputs = [i.source for i in segment.inputs if not i.optional]
-        outputs = [output.source for output in segment.outputs]
-        table.add_row(segment.name, ", ".join(inputs), ", ".join(outputs), str(sites))
-    _out.print(table)
