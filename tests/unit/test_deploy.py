@@ -113,3 +113,59 @@ def test_the_configurations_of_the_cluster_are_valid() -> None:
 
         assert application["import_path"] == "server.app:build"
         assert not ServeConfig.model_validate(application["args"]).http.loopback
+
+
+def test_the_table_of_metrics_is_that_of_the_code() -> None:
+    from prometheus_client import CollectorRegistry, generate_latest
+    from prometheus_client.parser import text_string_to_metric_families
+
+    from engine.noise_statistics import ReuseCounts
+    from engine.ports import CacheStatistics
+    from server.cache_metrics import CacheCollector
+    from server.messages import Load
+    from server.metrics import GatewayMetrics
+    from server.router_metrics import RouterMetrics
+    from server.worker_metrics import WorkerMetrics
+
+    cache = CollectorRegistry()
+    cache.register(CacheCollector(ReuseCounts().statistics, lambda: CacheStatistics(backend="m")))
+    worker = WorkerMetrics()
+    for name in ("live_tasks", "steps_left", "memory_budget_bytes"):  # watched by the worker core
+        worker.watch(f"darkroom_{name}", "", float)
+    texts = [
+        GatewayMetrics().page("gateway", []),
+        RouterMetrics().text(Load(), 0),
+        worker.text(),
+        generate_latest(cache),
+    ]
+    counted = {
+        (family.name, family.type)
+        for text in texts
+        for family in text_string_to_metric_families(text.decode())
+        if not family.name.endswith("_created")
+    }
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \|", (DEPLOY / "METRICS.md").read_text(), re.MULTILINE)
+
+    assert len(rows) == len(set(rows))
+    assert set(rows) == counted
+
+
+def test_dashboards_and_alerts_name_no_metric_that_is_not_there() -> None:
+    from deploy.grafana.boards import BOARDS
+
+    known = set(re.findall(r"^\| `(\w+)` \|", (DEPLOY / "METRICS.md").read_text(), re.MULTILINE))
+    asked = " ".join(
+        query.expr
+        for board in BOARDS
+        for row in board.rows
+        for panel in row.panels
+        for query in panel.queries
+    )
+    asked += " ".join(path.read_text() for path in (DEPLOY / "prometheus" / "rules").glob("*.yml"))
+    names = {
+        re.sub(r"_(total|bucket|sum|count)$", "", name)
+        for name in re.findall(r"\bdarkroom_\w+", asked)
+    }
+
+    assert names
+    assert names <= known
