@@ -10,8 +10,10 @@ import contextlib
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -79,6 +81,7 @@ class Application:
         self._gateway: Any = None
         self._stop = threading.Event()
         self._log: LogPipe | None = None
+        self._session: str | None = None
 
     def start(self) -> Readiness:
         """Start Ray, or join the cluster at ``address``; wait until the application is warm.
@@ -130,12 +133,15 @@ class Application:
             ray.init(address=self._address, namespace=NAMESPACE, logging_level="error")
         else:
             self._log = LogPipe()
+            # Ray's own default keeps every session's logs for ever.
+            self._session = tempfile.mkdtemp(prefix="dr-")
             workers = self._config.workers
             most = workers.max_replicas or workers.replicas
             with _environment(REPLICA_ENVIRONMENT):
                 ray.init(
                     address="local",
                     namespace=NAMESPACE,
+                    _temp_dir=self._session,
                     # A figure for Ray's book-keeping: what the workers will ask for, together.
                     num_cpus=most * workers.threads_of(Settings.from_environment().threads),
                     object_store_memory=_OBJECT_STORE_BYTES,
@@ -190,6 +196,8 @@ class Application:
 
             serve.delete(NAME)
         ray.shutdown()
+        if self._session is not None:
+            shutil.rmtree(self._session, ignore_errors=True)
         if self._log is not None:
             self._log.close()
 

@@ -108,13 +108,13 @@ def darkroom_serve(
     config = folder / "darkroom.yaml"
     config.write_text(yaml.safe_dump({"models": models, "http": http, **sections}))
     log = folder / "log"
-    # Ray's sockets need a short path, and its session is to go with the test.
-    ray_folder = tempfile.mkdtemp(prefix="dr-", dir="/tmp")
+    # Ray's sockets need a short path, and what a killed session leaves is to go with the test.
+    scratch = tempfile.mkdtemp(prefix="dr-", dir="/tmp")
     environment = {
         **os.environ,
         "DARKROOM_HOME": str(folder),
         "DARKROOM_THREADS": "1",
-        "RAY_TMPDIR": ray_folder,
+        "TMPDIR": scratch,
     }
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -138,7 +138,7 @@ def darkroom_serve(
         for left in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
                 left.kill()
-        shutil.rmtree(ray_folder, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _wait_for_start(process: subprocess.Popen[bytes], served: Served) -> None:

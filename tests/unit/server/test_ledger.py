@@ -1,0 +1,126 @@
+"""A gateway's heartbeat: what it holds, and what ended while nobody listened."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+
+import pytest
+
+from server.ledger import Ledger
+from server.messages import Load, ModelInfo
+from server.remote import ReplicaLostError
+from server.routing import Grant, Pulse, RouterNews, Ticket
+from tests.fake_clock import FakeClock
+from tests.unit.server.test_admission import ticket
+
+MODEL = ModelInfo(
+    id="m",
+    family="text",
+    native_px=32,
+    size_multiple_px=8,
+    min_px=16,
+    max_px=64,
+    guidance_default=3.0,
+    guidable=True,
+    solver_default="ddim",
+    schedule_default="leading",
+    precision="fp32",
+    backend="onnxruntime",
+    plan_digest="0",
+    created_s=0,
+)
+
+
+class Listener:
+    """A router that only listens, or is away."""
+
+    def __init__(self) -> None:
+        self.away = False
+        self.models: tuple[ModelInfo, ...] = (MODEL,)
+        self.heard: list[tuple[list[str], list[str]]] = []
+
+    async def heartbeat(
+        self, gateway: str, running: Sequence[Grant], ended: Sequence[str]
+    ) -> Pulse:
+        if self.away:
+            raise ReplicaLostError("away")
+        self.heard.append(([grant.ticket.id for grant in running], sorted(ended)))
+        return Pulse(models=self.models, load=Load(), workers=1)
+
+    def admit(self, tickets: Sequence[Ticket], watching: bool) -> AsyncGenerator[RouterNews, None]:
+        raise NotImplementedError
+
+    async def lose(self, worker: str) -> None:
+        raise NotImplementedError
+
+    async def metrics(self) -> Sequence[tuple[str, bytes]]:
+        raise NotImplementedError
+
+
+def grant(id: str) -> Grant:
+    return Grant(ticket(id=id), "w")
+
+
+def test_what_ended_while_the_router_was_away_is_told_to_the_next_once() -> None:
+    async def scenario() -> None:
+        router = Listener()
+        ledger = Ledger("g", router, FakeClock())
+        ledger.hold(grant("a"))
+        ledger.hold(grant("b"))
+        await ledger.beat()
+        router.away = True
+        ledger.end("a")
+        await ledger.beat()
+        router.away = False
+        await ledger.beat()
+        await ledger.beat()
+        assert router.heard == [(["a", "b"], []), (["b"], ["a"]), (["b"], [])]
+
+    asyncio.run(scenario())
+
+
+def test_an_end_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.ledger.HEARTBEAT_S", 3600.0)
+
+    async def scenario() -> None:
+        router = Listener()
+        ledger = Ledger("g", router, FakeClock())
+        ledger.start()
+        ledger.hold(grant("a"))
+        await ledger.first_pulse()
+        ledger.end("a")
+        while ([], ["a"]) not in router.heard:
+            await asyncio.sleep(0.01)
+        await ledger.close()
+
+    asyncio.run(scenario())
+
+
+def test_the_first_pulse_is_one_that_knows_a_worker() -> None:
+    async def scenario() -> None:
+        router = Listener()
+        router.models = ()
+        ledger = Ledger("g", router, FakeClock())
+        await ledger.beat()
+        waiting = asyncio.create_task(ledger.first_pulse())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        router.models = (MODEL,)
+        await ledger.beat()
+        assert (await waiting).models == (MODEL,)
+
+    asyncio.run(scenario())
+
+
+def test_a_word_is_fresh_for_a_few_seconds() -> None:
+    async def scenario() -> None:
+        clock = FakeClock()
+        ledger = Ledger("g", Listener(), clock)
+        assert not ledger.fresh()
+        await ledger.beat()
+        assert ledger.fresh()
+        clock.tick(6)
+        assert not ledger.fresh()
+
+    asyncio.run(scenario())
