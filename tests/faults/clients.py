@@ -1,0 +1,89 @@
+"""Clients of an application that is about to break."""
+
+from __future__ import annotations
+
+import base64
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import numpy as np
+
+from engine.types import Image
+from tests.served import Served
+from tests.serving import pixels
+
+LONG_STEPS = 1000
+TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a client got."""
+
+    status: int
+    retry_after_s: int | None
+    pictures: tuple[Image, ...] = ()
+
+
+def draw(served: Served, *, seed: int = 0, steps: int = LONG_STEPS, **body: Any) -> Reply:
+    """Ask for a picture and wait for it."""
+    asked = {
+        "prompt": "a red umbrella",
+        "response_format": "b64_json",
+        "seed": seed,
+        "steps": steps,
+    }
+    url = f"{served.url}/v1/images/generations"
+    reply = httpx.post(url, json={**asked, **body}, timeout=TIMEOUT_S)
+    wait_s = reply.headers.get("retry-after")
+    if reply.status_code != 200:
+        return Reply(reply.status_code, None if wait_s is None else int(wait_s))
+    encoded = [base64.b64decode(item["b64_json"]) for item in reply.json()["data"]]
+    return Reply(200, None, tuple(pixels(picture) for picture in encoded))
+
+
+def draw_many(served: Served, count: int, **body: Any) -> list[Future[Reply]]:
+    """``count`` clients at once, each with a seed of its own."""
+    pool = ThreadPoolExecutor(count)
+    asked = [pool.submit(draw, served, seed=seed, **body) for seed in range(count)]
+    pool.shutdown(wait=False)
+    return asked
+
+
+def replies(asked: list[Future[Reply]]) -> list[Reply]:
+    """What they got."""
+    return [future.result(TIMEOUT_S) for future in asked]
+
+
+def same(one: list[Reply], other: list[Reply]) -> bool:
+    """Whether both got the same pictures, to the last bit."""
+    return all(
+        len(a.pictures) == len(b.pictures) > 0
+        and all(np.array_equal(x, y) for x, y in zip(a.pictures, b.pictures, strict=True))
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def leave_after(served: Served, events: int, seed: int) -> threading.Thread:
+    """A client that reads so many lines of a stream of previews, and is gone."""
+
+    def read() -> None:
+        asked = {
+            "prompt": "a red umbrella",
+            "seed": seed,
+            "steps": LONG_STEPS,
+            "stream": True,
+            "partial_images": 3,
+        }
+        url = f"{served.url}/v1/images/generations"
+        with httpx.stream("POST", url, json=asked, timeout=TIMEOUT_S) as stream:
+            for number, _ in enumerate(stream.iter_lines()):
+                if number >= events:
+                    return
+
+    client = threading.Thread(target=read)
+    client.start()
+    return client
