@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from server.jobs.bell import Bell
@@ -173,16 +173,21 @@ class MemoryJobStore:
         """See :class:`JobStore`."""
         self._beats.pop(owner, None)
 
-    async def adopt(self, owner: str, limit: int) -> Sequence[Job]:
+    async def adopt(
+        self, owner: str, limit: int, running: Collection[str] | None = None
+    ) -> Sequence[Job]:
         """See :class:`JobStore`."""
         now_s = self._now_s()
         self._beats = {name: at_s for name, at_s in self._beats.items() if at_s > now_s}
         adopted: list[Job] = []
-        for entry in self._jobs.values():
+        for job_id, entry in self._jobs.items():
             job = entry.job
-            if len(adopted) == limit:
-                break
-            if not job.state.final and job.owner not in self._beats and job.owner != owner:
+            if job.state.final or len(adopted) == limit:
+                continue
+            if job.owner == owner:
+                if running is not None and job_id not in running:
+                    adopted.append(job)
+            elif job.owner not in self._beats:
                 state = replace(job.state, attempts=job.state.attempts + 1)
                 entry.job = replace(job, owner=owner, state=state)
                 adopted.append(entry.job)

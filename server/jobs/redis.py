@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from typing import Any, cast
 
@@ -216,17 +216,23 @@ class RedisJobStore:
         with answering():
             await self._redis.delete(key("beat", owner))
 
-    async def adopt(self, owner: str, limit: int) -> Sequence[Job]:
+    async def adopt(
+        self, owner: str, limit: int, running: Collection[str] | None = None
+    ) -> Sequence[Job]:
         """See :class:`JobStore`."""
-        orphans: list[str] = []
+        adopted: list[str] = []
         for job_id, old in await self._orphans(owner):
-            if len(orphans) == limit:
+            if len(adopted) == limit:
                 break
             keys = [key("job", job_id), key("unfinished"), key("beat", old)]
-            if await self._run(scripts.ADOPT, keys, [job_id, old, owner]):
-                orphans.append(job_id)
-        found = [await self.job(job_id) for job_id in orphans]
-        return [job for job in found if job is not None]
+            if old == owner:
+                mine = running is not None and job_id not in running
+            else:
+                mine = bool(await self._run(scripts.ADOPT, keys, [job_id, old, owner]))
+            if mine:
+                adopted.append(job_id)
+        found = [await self.job(job_id) for job_id in adopted]
+        return [job for job in found if job is not None and not job.state.final]
 
     async def sweep(self) -> None:
         """See :class:`JobStore`."""
@@ -284,7 +290,10 @@ class RedisJobStore:
         return label.decode(), data
 
     async def _orphans(self, owner: str) -> list[tuple[str, str]]:
-        """(job, its dead owner) of unfinished jobs, the oldest first; ``""`` where it is gone."""
+        """(job, owner) of unfinished jobs without a living owner, and of ``owner``'s own.
+
+        The oldest first; the owner is ``""`` where the job is gone.
+        """
         with answering():
             ids = await self._redis.zrange(key("unfinished"), 0, -1)
             async with self._redis.pipeline(transaction=False) as pipe:
@@ -297,7 +306,7 @@ class RedisJobStore:
                     pipe.exists(key("beat", other))
                 alive = dict(zip(others, await pipe.execute(), strict=True))
         pairs = zip((job_id.decode() for job_id in ids), owners, strict=True)
-        return [(job_id, old) for job_id, old in pairs if old != owner and not alive[old]]
+        return [(job_id, old) for job_id, old in pairs if old == owner or not alive[old]]
 
     def _life_ms(self, job: Job, *, final: bool = False) -> int:
         """How long Redis keeps what belongs to the job from now on."""

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -45,6 +45,7 @@ ALIVE_S = 15.0
 _RUNNING_PER_TENANT = 64
 """Jobs of one tenant that wait at the dispatcher at once: fairness between tenants is its."""
 _ADOPT_AT_ONCE = 64
+_ENDED = 256
 _LOOK_S = 1.0
 _PATIENCE_S = 60.0
 """How long a reader of events waits for a store that is away."""
@@ -91,6 +92,7 @@ class JobRunner:
         self._drives: dict[str, Drive] = {}
         self._runs: dict[asyncio.Task[None], Drive] = {}
         self._background: list[asyncio.Task[None]] = []
+        self._ended: deque[tuple[str, int]] = deque(maxlen=_ENDED)
         self._adopt_after_s = 0.0
         self._closing = False
 
@@ -257,6 +259,7 @@ class JobRunner:
             _log.exception("a job's run ended for no planned reason")
         finally:
             del self._drives[job.spec.id]
+            self._ended.append((job.spec.id, job.state.attempts))
 
     async def _beat(self) -> None:
         try:
@@ -273,9 +276,11 @@ class JobRunner:
         """
         try:
             if self._now_s() >= self._adopt_after_s:
-                for job in await self._store.adopt(self._owner, _ADOPT_AT_ONCE):
+                for job in await self._store.adopt(self._owner, _ADOPT_AT_ONCE, self._drives):
                     events = await self._store.events(job.spec.id, 0, MAX_EVENTS)
-                    self._begin(job, last_number=events[-1].number if events else 0)
+                    # What began and ended here while we asked is not begun again.
+                    if (job.spec.id, job.state.attempts) not in self._ended:
+                        self._begin(job, last_number=events[-1].number if events else 0)
             await self._store.sweep()
         except JobsUnavailableError:
             self._adopt_after_s = self._now_s() + self._alive_s

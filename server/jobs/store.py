@@ -8,7 +8,7 @@ another one by then, so that a gateway that was only asleep can do no harm when 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -154,8 +154,14 @@ class JobStore(Protocol):
         """Say that ``owner`` ends: its unfinished jobs are orphans at once."""
         ...
 
-    async def adopt(self, owner: str, limit: int) -> Sequence[Job]:
-        """Take over up to ``limit`` orphans; their attempts are counted."""
+    async def adopt(
+        self, owner: str, limit: int, running: Collection[str] | None = None
+    ) -> Sequence[Job]:
+        """Take over up to ``limit`` orphans; their attempts are counted.
+
+        With ``running``, also jobs of ``owner`` itself that are not among these: it made or adopted
+        them, and never heard so. These are no new attempt.
+        """
         ...
 
     async def sweep(self) -> None:

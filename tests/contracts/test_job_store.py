@@ -282,6 +282,16 @@ async def test_an_owner_that_stops_beating_loses_its_jobs(store: JobStore) -> No
     assert found.state.attempts == 2
 
 
+async def test_what_an_owner_does_not_run_is_its_own_to_begin(store: JobStore) -> None:
+    for i in range(3):
+        await store.create(job(f"j{i}"))
+    await finish(store, "j2")
+    (mine,) = await store.adopt(A, limit=10, running={"j0"})
+    assert (mine.spec.id, mine.owner, mine.state.attempts) == ("j1", A, 1)
+    assert await store.adopt(A, limit=10, running={"j0", "j1"}) == []
+    assert await store.adopt(B, limit=10, running=()) == []
+
+
 async def test_of_two_gateways_one_adopts(store: JobStore) -> None:
     for i in range(4):
         await store.create(job(f"j{i}"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,7 @@ from server.jobs.drive import MAX_ATTEMPTS
 from server.jobs.memory import MemoryJobStore
 from server.jobs.records import Change, Job, JobSpec, JobState
 from server.jobs.runner import JobRunner
-from server.jobs.store import Bounds
+from server.jobs.store import Bounds, IdempotencyKey
 from tests.contracts.job_stores import job
 from tests.unit.server.scripted import ScriptedDispatcher
 
@@ -58,9 +58,9 @@ class Shaky(MemoryJobStore):
         self._check()
         await super().beat(owner, alive_s)
 
-    async def adopt(self, owner: str, limit: int) -> Any:
+    async def adopt(self, owner: str, limit: int, running: Collection[str] | None = None) -> Any:
         self._check()
-        return await super().adopt(owner, limit)
+        return await super().adopt(owner, limit, running)
 
     def lose_everything(self) -> None:
         self._jobs.clear()
@@ -305,6 +305,29 @@ async def test_nothing_is_left_behind(store: Shaky, now: Now) -> None:
         await until(quiet)
         assert runner._drives == {}
         assert dispatcher.closed == 20
+
+
+async def test_a_job_whose_making_was_not_confirmed_is_drawn_all_the_same(
+    store: Shaky, now: Now, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store has it, and may tell a client that repeats the key: it must not wait for ever."""
+    create = store.create
+
+    async def unconfirmed(made: Job, key: IdempotencyKey | None = None) -> None:
+        await create(made, key)
+        raise JobsUnavailableError("the answer was lost")
+
+    dispatcher = ScriptedDispatcher()
+    async with gateway(store, now, dispatcher) as runner:
+        monkeypatch.setattr(store, "create", unconfirmed)
+        with pytest.raises(JobsUnavailableError):
+            await runner.submit(spec(), IdempotencyKey("k", "d"))
+        monkeypatch.undo()
+        there, replayed = await runner.submit(spec(job_id="j2"), IdempotencyKey("k", "d"))
+        assert (there.spec.id, replayed) == ("j1", True)
+        state = await ended(store)
+    assert (state.status, state.attempts) == ("succeeded", 1)
+    assert len(dispatcher.tasks) == 1
 
 
 async def test_a_jobs_events_are_few_writes(store: Shaky, now: Now) -> None:
