@@ -51,7 +51,16 @@ def test_no_arrow_points_back(package: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["engine.types", "engine.errors", "engine.ports", "engine.scheduler", "server.cli"],
+    [
+        "engine.types",
+        "engine.errors",
+        "engine.ports",
+        "engine.scheduler",
+        "server.cli",
+        "server.gateway",
+        "server.gateway_deployment",
+        "server.router_deployment",
+    ],
 )
 def test_light_modules_import_nothing_heavy(module: str) -> None:
     """Gateways and routers stay small; the command answers ``--help`` at once."""

@@ -33,7 +33,10 @@ def test_leaving_closes_the_dispatchers_generator(stream: bool) -> None:
         call.leave()
         await asyncio.wait_for(running, 10)
         assert dispatcher.closed == 1
-        assert services.metrics.registry.get_sample_value("darkroom_http_requests_in_flight") == 0
+        counted = services.metrics.registry.get_sample_value
+        assert counted("darkroom_http_requests_in_flight") == 0
+        labels = {"route": GENERATIONS, "outcome": "cancelled"}
+        assert counted("darkroom_http_requests_total", labels) == 1
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     asyncio.run(scene())
