@@ -54,12 +54,16 @@ export class Api {
    * preview} and {kind: "picture", index, src, facts}. Aborting the signal cancels the job before
    * its next step.
    */
-  async *draw(request, signal) {
-    const { width, height, ...body } = request;
+  async *draw({ width, height, start, ...body }, signal) {
+    yield* start ? this.#edit(body, start, signal) : this.#job(body, signal);
+  }
+
+  /** A picture from a prompt: a job, whose events can be taken up again. */
+  async *#job(body, signal) {
     const job = await this.#json("/v1/jobs", {
       method: "POST",
       headers: { "content-type": "application/json" },
-      body: JSON.stringify({ ...body, partial_images: request.steps }),
+      body: JSON.stringify({ ...body, partial_images: body.steps }),
     });
     const path = `/v1/jobs/${job.id}`;
     const cancel = () => this.#fetch(path, { method: "DELETE", keepalive: true }).catch(() => {});
@@ -81,15 +85,29 @@ export class Api {
     }
   }
 
+  /** A picture from a picture: a stream. Hanging up cancels it. */
+  async *#edit(fields, start, signal) {
+    const form = new FormData();
+    form.append("image", start);
+    const all = { ...fields, stream: true, partial_images: fields.steps };
+    for (const [name, value] of Object.entries(all)) form.append(name, value);
+    const reply = await this.#fetch("/v1/images/edits", { method: "POST", body: form, signal });
+    for await (const { name, data } of parse(reply.body)) {
+      if (name === "error") throw new ApiError(data.error);
+      const { b64_json, output_format, darkroom } = data;
+      if (name.endsWith(".partial_image")) yield step({ ...darkroom, preview_b64: b64_json });
+      else {
+        const bytes = Uint8Array.from(atob(b64_json), (letter) => letter.charCodeAt(0));
+        yield finished(new Blob([bytes], { type: `image/${output_format}` }), darkroom);
+      }
+    }
+  }
+
   /** A finished picture, fetched: links expire, and the server forgets; this tab does not. */
   async #picture({ index, url, darkroom }) {
     // Behind a proxy the server may know itself by another name than this page does.
     const { pathname, search } = new URL(url);
-    const blob = await (await this.#fetch(pathname + search)).blob();
-    const { width_px: width, height_px: height, timings_ms: timings, ...facts } = darkroom;
-    const format = blob.type.replace("image/", "");
-    const src = URL.createObjectURL(blob);
-    return { kind: "picture", index, src, facts: { ...facts, width, height, timings, format } };
+    return finished(await (await this.#fetch(pathname + search)).blob(), { ...darkroom, index });
   }
 
   /** Server-sent events, taken up again where a lost connection left off. */
@@ -170,4 +188,10 @@ async function* chunks(stream) {
 function step({ index, step, steps, preview_b64 }) {
   const preview = preview_b64 ? `data:image/png;base64,${preview_b64}` : null;
   return { kind: "step", index, step, steps, preview };
+}
+
+function finished(blob, { index, width_px, height_px, timings_ms, ...facts }) {
+  const format = blob.type.replace("image/", "");
+  const known = { ...facts, width: width_px, height: height_px, timings: timings_ms, format };
+  return { kind: "picture", index, blob, src: URL.createObjectURL(blob), facts: known };
 }

@@ -12,7 +12,7 @@ const NOT_READY_POLL_MS = 2000;
 
 const api = new Api();
 const controls = new Controls(() => showCode());
-const tray = new Tray(recall);
+const tray = new Tray(recall, startFrom);
 let language = "curl";
 /** What cancels the drawing that runs; null between two. */
 let running = null;
@@ -59,7 +59,7 @@ async function follow(events, request) {
         announced = third;
         announce(`Step ${event.step} of ${event.steps}`);
       }
-    } else if (event.kind === "picture") tray.finish(event.index, event.src, event.facts);
+    } else if (event.kind === "picture") tray.finish(event.index, event.src, event.blob, event.facts);
   }
   if (tray.shown.pictures.some(({ src }) => !src))
     throw new ApiError({ message: `Not every one of ${request.n} pictures came back.` });
@@ -117,6 +117,15 @@ function recall(it) {
   controls.restore(it.request);
   complain();
   showCode(it.request);
+}
+
+/** Begin the next drawing at a picture. */
+function startFrom(picture) {
+  controls.startFrom(picture);
+  element("settings").open = true;
+  element("strength").focus();
+  announce("The next picture starts from this one");
+  showCode();
 }
 
 function showCode(request = controls.request()) {
@@ -225,6 +234,14 @@ for (const tab of document.querySelectorAll("[role=tab]")) {
     const other = tab.nextElementSibling ?? tab.previousElementSibling;
     other.focus();
     choose(other);
+  });
+}
+for (const name of ["dragover", "dragleave", "drop"]) {
+  element("tray").addEventListener(name, (event) => {
+    event.preventDefault();
+    element("tray").classList.toggle("dropping", name === "dragover");
+    const [file] = event.dataTransfer.files;
+    if (name === "drop" && file) startFrom(file);
   });
 }
 element("copy").addEventListener("click", copy);

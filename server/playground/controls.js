@@ -18,6 +18,8 @@ const MAX_COUNT = 4;
 export class Controls {
   #models = [];
   #solvers = [];
+  /** The picture to start from, as a file; null to start from noise. */
+  #start = null;
 
   constructor(onChange) {
     const form = element("form");
@@ -40,6 +42,16 @@ export class Controls {
       this.#offerModel();
       for (const id of ["seed", "negative"]) element(id).value = "";
       element("count").value = "1";
+      this.startFrom(null);
+      onChange();
+    });
+    element("start").addEventListener("change", () => {
+      this.startFrom(element("start").files[0] ?? null);
+      onChange();
+    });
+    element("start-remove").addEventListener("click", () => {
+      this.startFrom(null);
+      element("start").focus();
       onChange();
     });
     element("count").replaceChildren(...range(MAX_COUNT).map((n) => new Option(n, n)));
@@ -72,7 +84,19 @@ export class Controls {
       solver: element("solver").value,
       guidance: Number(element("guidance").value),
       ...(seed === "" ? {} : { seed: Number(seed) }),
+      ...(this.#start ? { start: this.#start, strength: Number(element("strength").value) } : {}),
     };
+  }
+
+  /** Start from a picture, or with null from noise. */
+  startFrom(picture) {
+    URL.revokeObjectURL(element("start-preview").src);
+    this.#start = picture;
+    element("start").value = "";
+    element("start-field").hidden = picture !== null;
+    element("strength-field").hidden = picture === null;
+    if (picture) element("start-preview").src = URL.createObjectURL(picture);
+    else element("start-preview").removeAttribute("src");
   }
 
   /** Put an earlier request back into the form, its seed aside. */
@@ -83,6 +107,8 @@ export class Controls {
     element("negative").value = request.negative_prompt;
     for (const name of ["size", "steps", "solver", "guidance"]) element(name).value = request[name];
     element("count").value = request.n;
+    this.startFrom(request.start ?? null);
+    if (request.start) element("strength").value = request.strength;
     this.#showValues();
   }
 
@@ -126,7 +152,7 @@ export class Controls {
   }
 
   #showValues() {
-    for (const name of ["steps", "guidance"])
+    for (const name of ["steps", "guidance", "strength"])
       element(`${name}-value`).textContent = element(name).value;
   }
 }
@@ -137,6 +163,7 @@ const FIELDS = {
   n: "count",
   width_px: "size",
   height_px: "size",
+  image: "start",
 };
 
 const range = (count) => Array.from({ length: count }, (_, i) => i + 1);

@@ -14,7 +14,7 @@ const MAX_HISTORY = 24;
 
 /** A drawing: what was asked for and what has come back, one item a picture. */
 export function drawing(request) {
-  const blank = () => ({ frames: [], step: 0, steps: request.steps, src: null, error: null, facts: null });
+  const blank = () => ({ frames: [], step: 0, steps: request.steps, src: null, blob: null, error: null, facts: null });
   return { request, pictures: Array.from({ length: request.n }, blank), seconds: null };
 }
 
@@ -22,9 +22,12 @@ export class Tray {
   #shown = null;
   #history = [];
   #onRecall;
+  #onStart;
 
-  constructor(onRecall) {
+  /** Told which drawing to bring back, and which picture to start the next one from. */
+  constructor(onRecall, onStart) {
     this.#onRecall = onRecall;
+    this.#onStart = onStart;
     element("scrub").addEventListener("input", () => this.#scrub());
   }
 
@@ -55,8 +58,8 @@ export class Tray {
   }
 
   /** A picture is finished. */
-  finish(i, src, facts) {
-    Object.assign(this.#shown.pictures[i], { src, facts, step: facts.steps, steps: facts.steps });
+  finish(i, src, blob, facts) {
+    Object.assign(this.#shown.pictures[i], { src, blob, facts, step: facts.steps, steps: facts.steps });
     this.#paint(i);
     this.#progress();
   }
@@ -127,7 +130,7 @@ export class Tray {
 
   #paint(i) {
     const { request, pictures } = this.#shown;
-    const { src, frames, error, facts: known } = pictures[i];
+    const { src, blob, frames, error, facts: known } = pictures[i];
     const item = element("pictures").children[i];
     const image = item.querySelector("img");
     const latest = src ?? frames.findLast(Boolean);
@@ -137,8 +140,10 @@ export class Tray {
     image.classList.toggle("final", src !== null);
     image.alt = src ? request.prompt : `Unfinished: ${request.prompt}`;
     const caption = item.querySelector("figcaption");
-    if (src) caption.replaceChildren(span(`seed ${known.seed}`), download(src, known));
-    else if (error) caption.replaceChildren(span(error, "failed"));
+    if (src) {
+      const next = startButton(known, () => this.#onStart(blob));
+      caption.replaceChildren(span(`seed ${known.seed}`), next, download(src, known));
+    } else if (error) caption.replaceChildren(span(error, "failed"));
   }
 
   #progress() {
@@ -224,12 +229,21 @@ function span(text, className = "") {
   return made;
 }
 
+function startButton({ seed }, onClick) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.textContent = "Start from it";
+  button.setAttribute("aria-label", `Start from it: the picture with seed ${seed}`);
+  button.addEventListener("click", onClick);
+  return button;
+}
+
 function download(src, { seed, format }) {
   const link = document.createElement("a");
   link.href = src;
   link.download = `darkroom-${seed}.${format}`;
   link.textContent = "Download";
-  link.setAttribute("aria-label", `Download the picture with seed ${seed}`);
+  link.setAttribute("aria-label", `Download: the picture with seed ${seed}`);
   return link;
 }
 

@@ -229,7 +229,7 @@ def test_the_code_on_the_page_draws_the_same_pictures(
     expect(page.get_by_role("tab", name="Python")).to_have_attribute("aria-selected", "true")
     python = page.locator("#code-text").inner_text()
     for name, command in (
-        ("curl", ["bash", "-ec", curl]),
+        ("curl", ["bash", "-ec", f"set -o pipefail; {curl}"]),
         ("python", [sys.executable, "-c", python]),
     ):
         folder = tmp_path / name
@@ -238,6 +238,35 @@ def test_the_code_on_the_page_draws_the_same_pictures(
         for i, picture in enumerate(pictures):
             made = pixels((folder / f"picture-{i + 1}.png").read_bytes())
             np.testing.assert_array_equal(made, picture)
+
+
+@pytest.mark.full
+def test_a_picture_can_start_from_another(visit: Open, served: str, tmp_path: Path) -> None:
+    page = visit(served)
+    draw(page, "three red apples")
+    finished(page)
+    first = shown(page)
+    Pillow.fromarray(first).save(tmp_path / "start.png")
+    page.get_by_role("button", name="Start from it").click()
+    page.get_by_label("How far from it").fill("0.3")
+    page.get_by_label("What should it draw?").fill("@three lemons; and 'a pear'")
+    page.keyboard.press("Enter")
+    finished(page)
+    changed = shown(page)
+    assert (changed != first).any()
+    curl = page.locator("#code-text").inner_text()
+    page.get_by_role("tab", name="Python").click()
+    python = page.locator("#code-text").inner_text()
+    for name, command in (
+        ("picture", ["bash", "-ec", f"set -o pipefail; {curl}"]),
+        ("picture-1", [sys.executable, "-c", python]),
+    ):
+        subprocess.run(command, cwd=tmp_path, check=True, timeout=SLOW_MS / 1000)
+        np.testing.assert_array_equal(pixels((tmp_path / f"{name}.png").read_bytes()), changed)
+    page.get_by_role("button", name="Start from nothing again").click()
+    expect(page.get_by_label("Start from a picture")).to_be_focused()
+    page.get_by_label("Start from a picture").set_input_files(tmp_path / "start.png")
+    expect(page.get_by_alt_text("The picture to start from")).to_be_visible()
 
 
 @pytest.mark.full
