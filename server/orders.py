@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from engine.errors import LimitExceededError
 from engine.types import MAX_SEED, CacheDirective, CacheMode, GenerateRequest, Image
 from server.auth import Tenant
+from server.config import CacheConfig
 from server.errors import ForbiddenError, NotFoundError, UnprocessableError
 from server.messages import ModelInfo, Output, PictureTask
 from server.schemas.draw import DrawBody
@@ -115,7 +116,7 @@ def order_of(
     _bound("n", count, limits.max_pictures)
     _bound("seed", first_seed, MAX_SEED - count + 1)
     size = None if inputs is not None else allowed_size(body.size, model, limits)
-    request = _request(body, model, first_seed, size, inputs)
+    request = _request(body, model, first_seed, size, inputs, services.config.cache)
     request.check(limits.engine_limits())
     unique = f"{request_id}.{uuid.uuid4().hex[:12]}"
     tasks = tuple(
@@ -154,7 +155,12 @@ def _bound(name: str, value: int, limit: int) -> None:
 
 
 def _request(
-    body: DrawBody, model: ModelInfo, seed: int, size: Size | None, inputs: Inputs | None
+    body: DrawBody,
+    model: ModelInfo,
+    seed: int,
+    size: Size | None,
+    inputs: Inputs | None,
+    cache: CacheConfig,
 ) -> GenerateRequest:
     width_px, height_px = size or (None, None)
     return GenerateRequest(
@@ -174,7 +180,7 @@ def _request(
         mask=None if inputs is None else inputs.mask,
         strength=DEFAULT_STRENGTH if inputs is None else inputs.strength,
         priority=body.priority,
-        cache=_cache(body),
+        cache=_cache(body, cache),
     )
 
 
@@ -184,11 +190,12 @@ def _steps_of(body: DrawBody, model: ModelInfo) -> int:
     return steps // 5 if few else steps
 
 
-def _cache(body: DrawBody) -> CacheDirective:
-    """The default is the engine's, to which a seed that was drawn here would look like asked."""
+def _cache(body: DrawBody, config: CacheConfig) -> CacheDirective:
+    """The default is decided here: to the engine a seed drawn by us would look like asked for."""
     if body.cache is not None:
         return body.cache.directive()
-    return CacheDirective(mode=CacheMode.APPROXIMATE if body.seed is None else CacheMode.OFF)
+    by_default = body.seed is None and config.default == "approximate"
+    return CacheDirective(mode=CacheMode.APPROXIMATE if by_default else CacheMode.OFF)
 
 
 def _output(body: DrawBody) -> Output:
