@@ -320,6 +320,8 @@ class Engine:
                 height_px=resolved.height_px,
                 model=served.name,
                 plan_digest=model.digest,
+                guidance_rescale=resolved.request.guidance_rescale,
+                clip_skip=resolved.request.clip_skip,
                 approximations={
                     **model.approximations,
                     **model.vae.approximations(resolved.width_px, resolved.height_px),

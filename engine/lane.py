@@ -236,20 +236,34 @@ def _matrix(member: Trajectory) -> np.ndarray[tuple[int, int], np.dtype[np.float
     return np.concatenate([transition, clean])
 
 
-def combine_guidance(out: torch.Tensor, guided: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+def combine_guidance(
+    out: torch.Tensor,
+    guided: torch.Tensor,
+    scales: torch.Tensor,
+    rescale: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Classifier-free guidance (Ho & Salimans, 2022), each member at its own scale.
 
     Args:
         out: (members + guided, …) network output in :class:`Rows` order.
         guided: (k,) positions of the guided members.
         scales: (k,) their scales.
+        rescale: (k,) parts by which the result gets back the standard deviation of the prompt's
+            prediction (Lin et al., 2023), as Diffusers' ``rescale_noise_cfg`` does it; None
+            rescales nothing.
 
     Returns:
-        (members, …): ``negative + scale * (prompt - negative)`` where guided.
+        (members, …): ``negative + scale * (prompt - negative)`` where guided, rescaled.
     """
     members = len(out) - len(guided)
     combined = out[:members].clone()
-    negative = out[members:]
-    scale = scales.view(-1, *([1] * (out.ndim - 1)))
-    combined[guided] = negative + scale * (out[guided] - negative)
+    each = (-1, *[1] * (out.ndim - 1))
+    prompt, negative = out[guided], out[members:]
+    steered = negative + scales.view(each) * (prompt - negative)
+    if rescale is not None:
+        kept = (prompt.flatten(1).std(dim=1) / steered.flatten(1).std(dim=1)).view(each)
+        part = rescale.view(each)
+        # Rows without rescaling must come out bit-equal whoever shares their batch.
+        steered = torch.where(part > 0, part * (steered * kept) + (1 - part) * steered, steered)
+    combined[guided] = steered
     return combined

@@ -235,8 +235,11 @@ class StepLoop:
             most=times.most_rows(lane.key),
             on_out_of_memory=lambda rows: times.out_of_memory(lane.key, rows),
         )
-        scales = [member.guidance for member in members if member.guided[member.row]]
-        return combine_guidance(out, rows.guided, torch.tensor(scales, device=out.device))
+        guided = [member for member in members if member.guided[member.row]]
+        scales = torch.tensor([member.guidance for member in guided], device=out.device)
+        rescale = [member.guidance_rescale for member in guided]
+        given = torch.tensor(rescale, device=out.device) if any(rescale) else None
+        return combine_guidance(out, rows.guided, scales, given)
 
     def _advance(
         self, lane: Lane, outcomes: Sequence[tuple[Trajectory, torch.Tensor]]

@@ -94,6 +94,12 @@ def parameters_of(picture: Picture, prompt: str, negative_prompt: str = "") -> P
         "Model hash": picture.plan_digest[:10],
         "Model": picture.model,
     }
+    if picture.clip_skip:
+        settings["Clip skip"] = str(
+            picture.clip_skip + 1
+        )  # Automatic1111 counts from the last layer
+    if picture.guidance_rescale:
+        settings["Guidance rescale"] = f"{picture.guidance_rescale:g}"
     if picture.approximations:
         named = [f"{name}={dial}" for name, dial in sorted(picture.approximations.items())]
         settings["Approximations"] = "; ".join(named)

@@ -90,6 +90,7 @@ def encode(resolved: Resolved, model: Model) -> EncodedText:
         width_px=resolved.width_px,
         height_px=resolved.height_px,
         guidance=resolved.guidance,
+        clip_skip=request.clip_skip,
     )
     return model.prompts.encode([wanted])[0]
 
@@ -120,6 +121,7 @@ def build(
         table=resolved.table,
         conditioning=text.conditioning,
         guidance=resolved.guidance,
+        guidance_rescale=resolved.request.guidance_rescale,
         guided=resolved.guided,
         start=entry.start,
         generator=generator,

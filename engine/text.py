@@ -1,8 +1,9 @@
 """Prompts become conditioning, as Diffusers' ``encode_prompt`` makes it.
 
 Stable Diffusion 1 and 2 take the last hidden state of one encoder; SDXL takes the penultimate
-states of two, side by side, and the pooled vector of the second. Each prompt is encoded alone, in
-a batch of one: a picture must not depend on who asked at the same moment.
+states of two, side by side, and the pooled vector of the second; ``clip_skip`` takes those of so
+many layers earlier. Each prompt is encoded alone, in a batch of one: a picture must not depend on
+who asked at the same moment.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class TextRequest:
         negative_prompt: None where guidance is off, and no second row is needed.
         width_px, height_px: of the picture; SDXL is told them.
         guidance: the scale; embedded for models that take it so, else without effect here.
+        clip_skip: layers of the text encoders to leave out for the prompt, from the last one. As in
+            Diffusers, the negative prompt is encoded with all of them.
     """
 
     prompt: str
@@ -41,6 +44,7 @@ class TextRequest:
     width_px: int
     height_px: int
     guidance: float = 1.0
+    clip_skip: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +95,13 @@ class PromptEncoder:
         """Conditioning for each request, on the CPU in float32.
 
         Raises:
-            InvalidRequestError: a text is not valid Unicode.
+            InvalidRequestError: a text is not valid Unicode, or ``clip_skip`` leaves no layer.
             ExecutionError: an encoder failed or gave NaN.
         """
         return [self._encode(request) for request in requests]
 
     def _encode(self, request: TextRequest) -> EncodedText:
-        rows = [self._prompt(request.prompt, "prompt")]
+        rows = [self._prompt(request.prompt, "prompt", request.clip_skip)]
         if request.negative_prompt is not None:
             if request.negative_prompt == "" and self._model.zero_empty_negative:
                 rows.append(rows[0].zeros())
@@ -119,8 +123,8 @@ class PromptEncoder:
             negative_dropped_tokens=rows[1].dropped if len(rows) > 1 else 0,
         )
 
-    def _prompt(self, prompt: str, field: str) -> _Encoded:
-        key = (self._digest, prompt)
+    def _prompt(self, prompt: str, field: str, clip_skip: int = 0) -> _Encoded:
+        key = (f"{self._digest}-{clip_skip}", prompt)
         if (known := self.cache.get(key)) is not None:
             return known
         try:
@@ -128,7 +132,8 @@ class PromptEncoder:
         except UnicodeEncodeError:
             raise InvalidRequestError(f"{field} is not valid Unicode", field=field) from None
         parts = [
-            encoder.encode(prompt, self._model.text_conditioning) for encoder in self._encoders
+            encoder.encode(prompt, self._model.text_conditioning, clip_skip)
+            for encoder in self._encoders
         ]
         encoded = _Encoded(
             hidden=torch.cat([part.hidden for part in parts], dim=-1),
@@ -180,12 +185,19 @@ class _Encoder:
         self._device = device
         self._ids = next(i for i in spec.segment.inputs if not i.optional)
         self._segment = spec.segment
+        self._states = {output.source for output in spec.segment.outputs}
 
-    def encode(self, prompt: str, conditioning: str) -> _Encoded:
+    def encode(self, prompt: str, conditioning: str, clip_skip: int) -> _Encoded:
+        state = f"hidden.-{clip_skip + 2}" if conditioning == "sdxl" else f"normed.-{clip_skip + 1}"
+        if state not in self._states:
+            most = sum(name.startswith("normed.") for name in self._states) - 1
+            raise InvalidRequestError(
+                f"clip_skip is {clip_skip}; {self._segment.name} allows 0 to {most}",
+                field="clip_skip",
+            )
         ids, dropped = self._tokenizer.encode(prompt)
         feed = ids.to(self._device, getattr(torch, self._ids.dtype))
         outputs = self._graph.run({self._ids.name: feed})
-        state = "hidden.-2" if conditioning == "sdxl" else "hidden.-1"
         # Cloned, so that a remembered prompt does not keep the whole output alive.
         hidden, pooled = (
             outputs[_output_name(self._segment, source)][0].float().cpu().clone()

@@ -98,6 +98,7 @@ class Trajectory:
     start: torch.Tensor
     generator: torch.Generator
     listener: Listener
+    guidance_rescale: float = 0.0
     row: int = 0
     extra: torch.Tensor | None = None
     blend: Blend | None = None

@@ -98,6 +98,12 @@ class GenerateRequest:
     """Classifier-free guidance scale; 1 or less turns guidance off and halves the work."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Part of the steps, as fractions, in which guidance acts (Kynkäänniemi et al., 2024)."""
+    guidance_rescale: float = 0.0
+    """Part, 0 to 1, by which a guided prediction gets back the spread that it had unguided: less
+    overexposure under zero-terminal-SNR schedules (Lin et al., 2023, section 3.4)."""
+    clip_skip: int = 0
+    """Last layers of the text encoders to leave out for the prompt (Automatic1111's number less
+    one)."""
     eta: float | None = None
     """Stochasticity of solvers that have it (DDIM, TCD), 0 to 1."""
     seed: int | None = None
@@ -127,6 +133,13 @@ class GenerateRequest:
             self.guidance_interval,
             "two fractions with 0 <= low <= high <= 1",
         )
+        _require(
+            0.0 <= self.guidance_rescale <= 1.0,
+            "guidance_rescale",
+            self.guidance_rescale,
+            "between 0 and 1",
+        )
+        _require(self.clip_skip >= 0, "clip_skip", self.clip_skip, "0 or more")
         if self.eta is not None:
             _require(0.0 <= self.eta <= 1.0, "eta", self.eta, "between 0 and 1")
         if self.seed is not None:
@@ -331,6 +344,8 @@ class Picture:
     height_px: int
     model: str
     plan_digest: str
+    guidance_rescale: float = 0.0
+    clip_skip: int = 0
     approximations: Mapping[str, str] = field(default_factory=dict)
     """Each approximation that touched the picture, by name, with its dial."""
     reuse: Reuse | None = None

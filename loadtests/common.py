@@ -45,6 +45,7 @@ class TimedRuntime(Runtime):
 
     def __init__(self, inner: Runtime) -> None:
         self._inner = inner
+        self.threads, self.row_sizes = inner.threads, inner.row_sizes
         self.graphs_s = 0.0
 
     @property
@@ -67,6 +68,10 @@ class _TimedGraph(Graph):
         super().__init__(inner.spec)
         self._inner = inner
         self._owner = owner
+
+    @property
+    def max_rows(self) -> int | None:
+        return self._inner.max_rows
 
     def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         began_s = time.perf_counter()

@@ -64,12 +64,19 @@ class Case:
     guidance: float
     seed: int
     strength: float = 0.6
+    clip_skip: int = 0
+    guidance_rescale: float = 0.0
 
     def __str__(self) -> str:
-        return (
+        parts = [
             f"{self.family} {self.mode} {self.solver}/{self.schedule or 'own'}"
             f" {self.steps} steps, guidance {self.guidance:g}"
-        )
+        ]
+        if self.guidance_rescale:
+            parts.append(f"rescaled by {self.guidance_rescale:g}")
+        if self.clip_skip:
+            parts.append(f"clip skip {self.clip_skip}")
+        return ", ".join(parts)
 
 
 def sample_cases(families: Sequence[str], count: int, seed: int) -> Iterator[Case]:
@@ -91,6 +98,11 @@ def sample_cases(families: Sequence[str], count: int, seed: int) -> Iterator[Cas
             guidance=chance.choice([1.0, 2.0, 7.5]),
             seed=chance.randrange(2**31),
             strength=chance.choice([0.4, 0.75, 1.0]),
+            clip_skip=chance.choice([0, 0, 1]),
+            # Diffusers has it in its text-to-image pipelines only.
+            guidance_rescale=chance.choice([0.0, 0.7])
+            if mode == "text" and family != "lcm"
+            else 0.0,
         )
 
 
@@ -102,6 +114,9 @@ class Reference:
 
         self._pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
         self._pipe.set_progress_bar_config(disable=True)
+        if not hasattr(self._pipe.text_encoder, "text_model"):
+            # Its clip_skip asks for a module that Transformers 5 dropped.
+            object.__setattr__(self._pipe.text_encoder, "text_model", self._pipe.text_encoder)
         self._config = dict(self._pipe.scheduler.config)
 
     def latent(self, case: Case, image: np.ndarray[Any, Any], mask: np.ndarray[Any, Any]) -> Any:
@@ -133,6 +148,10 @@ class Reference:
             inputs |= {"height": image.shape[0], "width": image.shape[1]}
         if case.family != "lcm":
             inputs["negative_prompt"] = "dog"
+        if case.clip_skip:
+            inputs["clip_skip"] = case.clip_skip
+        if case.guidance_rescale:
+            inputs["guidance_rescale"] = case.guidance_rescale
         return pipe(
             "a red umbrella",
             num_inference_steps=case.steps,
@@ -158,6 +177,8 @@ def request_of(
         image=None if case.mode == "text" else image,
         mask=mask if case.mode == "inpaint" else None,
         strength=case.strength,
+        clip_skip=case.clip_skip,
+        guidance_rescale=case.guidance_rescale,
     )
 
 

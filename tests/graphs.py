@@ -47,6 +47,9 @@ def segment(name: str, inputs: Mapping[str, Any], outputs: Sequence[str]) -> Seg
     )
 
 
+TEXT_STATES = ("normed.-1", "normed.-2", "hidden.-2", "hidden.-3", "pooled")
+
+
 def text_graphs(checkpoint: Checkpoint) -> tuple[list[TextEncoderSpec], list[FunctionGraph]]:
     """Specs and graphs of a checkpoint's text encoders; tokenizers are relative to its folder."""
     specs, graphs = [], []
@@ -54,9 +57,7 @@ def text_graphs(checkpoint: Checkpoint) -> tuple[list[TextEncoderSpec], list[Fun
     for i, (module, tokenizer) in enumerate(zip(modules, checkpoint.tokenizers, strict=True)):
         config: Any = module.config
         spec = TextEncoderSpec(
-            segment=segment(
-                f"text.{i}", {"input_ids": "int64"}, ["hidden.-1", "hidden.-2", "pooled"]
-            ),
+            segment=segment(f"text.{i}", {"input_ids": "int64"}, TEXT_STATES),
             tokenizer=tokenizer.name,
             max_tokens=config.max_position_embeddings,
             hidden_size=config.hidden_size,
@@ -65,7 +66,9 @@ def text_graphs(checkpoint: Checkpoint) -> tuple[list[TextEncoderSpec], list[Fun
         def encode(ids: torch.Tensor, module: torch.nn.Module = module) -> list[torch.Tensor]:
             out = module(ids, output_hidden_states=True)
             pooled = out.text_embeds if "text_embeds" in out else out.pooler_output
-            return [out.last_hidden_state, out.hidden_states[-2], pooled]
+            norm: Any = getattr(module, "text_model", module).final_layer_norm
+            states = out.hidden_states
+            return [out.last_hidden_state, norm(states[-2]), states[-2], states[-3], pooled]
 
         specs.append(spec)
         graphs.append(FunctionGraph(spec.segment, encode))

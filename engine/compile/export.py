@@ -93,9 +93,9 @@ def export_unet(
     known = _unet_examples(unet, granularity)
     sources = []
     for part in segments(unet, cuts, taps, sites):
-        feeds = {read.name: known[read.source] for read in part.reads}
         with torch.no_grad():
-            known |= part.run_units(feeds)
+            known |= part.run_units({read.name: known[read.source] for read in part.all_reads})
+        feeds = {read.name: known[read.source] for read in part.reads}
         sources.append(_unet_graph(part, feeds, known, granularity))
     return sources
 
@@ -176,8 +176,9 @@ def _granularity(part: Segment, inputs: Sequence[TensorSpec], whole: int) -> int
 def export_text_encoder(encoder: nn.Module, name: str) -> GraphSource:
     """A CLIP text encoder: token ids (batch, tokens) int64 to hidden states and pooled vector.
 
-    Outputs are ``hidden.-1`` (of the last layer, final norm applied), ``hidden.-2`` (of the layer
-    before it, as it is) and ``pooled`` (projected, where the encoder has a projection).
+    Outputs are ``normed.-k`` and ``hidden.-k``, the state k layers from the end with and without
+    the final norm, for every k that leaves a layer, and ``pooled`` (projected, where the encoder
+    has a projection). Stable Diffusion takes ``normed.-1``, SDXL ``hidden.-2``.
     """
     sites = wrap_text_encoder(encoder)
     module = _TextEncoder(encoder, sites)
@@ -223,18 +224,24 @@ class _TextEncoder(nn.Module):
     def forward(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ids = feeds["input_ids"]
         hidden: Tensor = self.embeddings(input_ids=ids)
-        penultimate = hidden
         ahead = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).triu(1)
         mask = torch.zeros_like(ahead, dtype=hidden.dtype)
         mask = mask.masked_fill(ahead, torch.finfo(hidden.dtype).min)[None, None]
+        states: list[Tensor] = []
         with using(self.sites, feeds):
             for layer in self.layers:
-                penultimate, hidden = hidden, layer(hidden, attention_mask=mask)
+                states.append(hidden)
+                hidden = layer(hidden, attention_mask=mask)
         last: Tensor = self.final_norm(hidden)
         pooled = last.gather(1, self._end(ids)[:, None, None].expand(-1, 1, last.shape[2]))[:, 0]
         if self.projection is not None:
             pooled = self.projection(pooled)
-        return {"hidden.-1": last, "hidden.-2": penultimate, "pooled": pooled}
+        outputs = {"normed.-1": last}
+        for k, state in enumerate(reversed(states), start=2):
+            outputs |= {f"hidden.-{k}": state}
+            if k <= len(self.layers):
+                outputs |= {f"normed.-{k}": self.final_norm(state)}
+        return outputs | {"pooled": pooled}
 
     def _end(self, ids: Tensor) -> Tensor:
         """Place of the token whose state is pooled, (batch,).

@@ -7,7 +7,7 @@ cannot differ.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from itertools import pairwise
 
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -25,10 +25,11 @@ class Segment(nn.Module):
     Attributes:
         name: its block (``down.1``), or its first unit where it begins inside a block.
         unit_names: of its units, which are also the tensors that it produces.
-        reads: tensors that it takes from outside.
+        reads: tensors that it takes from outside; ``all_reads`` also those that only units read
+            whose work a ``replace`` tap makes void.
         gives: names of the tensors that it returns.
         input_taps: tensors added to, or put in place of, what its units produce.
-        sites: its layers that take low-rank factors.
+        sites: its layers that take low-rank factors, and whose work shows.
     """
 
     def __init__(
@@ -40,16 +41,20 @@ class Segment(nn.Module):
     ) -> None:
         super().__init__()
         produced = {unit.name for unit in units}
-        outer = {r.name: r for unit in units for r in unit.reads if r.source not in produced}
         self.name = units[0].block
         self.unit_names = tuple(unit.name for unit in units)
-        self.reads: tuple[Read, ...] = tuple(outer.values())
         self.gives = tuple(gives)
         self.input_taps = {
             tap.tensor: tap for tap in taps if tap.direction == "in" and tap.tensor in produced
         }
+        self._added = {n: t.input_name for n, t in self.input_taps.items() if t.mode == "add"}
+        self._replaced = {n: t.input_name for n, t in self.input_taps.items() if t.mode != "add"}
+        live = _live(units, gives, self._replaced)
+        self._live = {unit.name for unit in live}
+        self.reads = _outer_reads(live, produced)
+        self.all_reads = _outer_reads(units, produced)
         self.body = nn.ModuleList(unit.module for unit in units)
-        own = {id(module) for module in self.modules() if isinstance(module, LowRank)}
+        own = {id(m) for unit in live for m in unit.module.modules() if isinstance(m, LowRank)}
         self.sites = tuple(site for site in sites if id(site.layer) in own)
         self._steps = [
             (unit.name, [r.source if r.source in produced else r.name for r in unit.reads])
@@ -70,18 +75,38 @@ class Segment(nn.Module):
         return {name: known[name] for name in self.gives}
 
     def run_units(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Like ``forward``, but every tensor that its units produce."""
+        """Like ``forward``, but every tensor that its units produce.
+
+        Without the tensors of ``replace`` taps, and given ``all_reads``, those are produced too.
+        """
         known = dict(feeds)
+        replaced = {name: feeds[tap] for name, tap in self._replaced.items() if tap in feeds}
+        skip_dead = len(replaced) == len(self._replaced)
         with using(self.sites, feeds):
             for (name, reads), module in zip(self._steps, self.body, strict=True):
-                known[name] = self._tapped(name, module(*(known[read] for read in reads)), feeds)
+                if name in replaced:
+                    known[name] = replaced[name]
+                elif not skip_dead or name in self._live:
+                    made: Tensor = module(*(known[read] for read in reads))
+                    added = feeds.get(self._added.get(name, ""))
+                    known[name] = made if added is None else made + added
         return known
 
-    def _tapped(self, name: str, tensor: Tensor, feeds: Mapping[str, Tensor]) -> Tensor:
-        tap = self.input_taps.get(name)
-        if tap is None or tap.input_name not in feeds:
-            return tensor
-        return tensor + feeds[tap.input_name] if tap.mode == "add" else feeds[tap.input_name]
+
+def _live(units: Sequence[Unit], gives: Sequence[str], replaced: Container[str]) -> list[Unit]:
+    """The units whose work shows in what a segment gives, while taps replace some of theirs."""
+    needed, live = set(gives), []
+    for unit in reversed(units):
+        if unit.name in needed and unit.name not in replaced:
+            live.append(unit)
+            needed |= {read.source for read in unit.reads}
+    return live[::-1]
+
+
+def _outer_reads(units: Sequence[Unit], produced: Collection[str]) -> tuple[Read, ...]:
+    """What ``units`` read that none of their segment produces."""
+    outer = {r.name: r for unit in units for r in unit.reads if r.source not in produced}
+    return tuple(outer.values())
 
 
 def segments(

@@ -87,6 +87,21 @@ def test_other_cuts_and_taps_change_nothing(
     assert tapped[within].shape == (2, 16, 4, 8)
 
 
+def test_graphs_with_a_replaced_attention_have_every_input_that_is_listed(
+    tiny_checkpoint: Callable[[str], Path], plans: Path, cpu_runtime: Runtime
+) -> None:
+    tap = Tap(tensor="up.1.attn.0", direction="in", mode="replace")
+    plan = PlanStore(plans).build(Checkpoint.open(tiny_checkpoint("text")), taps=(tap,))
+    (spec,) = [spec for spec in plan.manifest.unet if spec.name == "up.1"]
+    assert spec.adapters_file is not None
+    for file, ports in ((spec.file, spec.inputs), (spec.adapters_file, spec.inputs + spec.factors)):
+        graph = onnx.load(plan.folder / file, load_external_data=False).graph
+        assert [value.name for value in graph.input] == [port.name for port in ports]
+        used = {name for node in graph.node for name in node.input}
+        assert {port.name for port in ports} <= used
+    assert not any("up_blocks.1.attentions.0." in port.name for port in spec.factors)
+
+
 def test_graph_files_say_what_the_manifest_says(tiny_plan: Callable[[str], Plan]) -> None:
     plan = tiny_plan("text")
     for spec in plan.manifest.unet:

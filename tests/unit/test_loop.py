@@ -18,6 +18,7 @@ from engine.errors import (
     InvalidRequestError,
     OverloadedError,
 )
+from engine.lane import combine_guidance
 from engine.loop import LoopConfig, StepLoop, Tick
 from engine.rows import RowLimits
 from engine.scheduler import TickPolicy
@@ -340,6 +341,36 @@ def test_inpainting_returns_the_kept_part_exactly() -> None:
     latent = alone(item)
     assert torch.allclose(latent[:, :, 2:], kept[:, :, 2:], atol=1e-6)
     assert not torch.allclose(latent[:, :, :2], kept[:, :, :2], atol=1e-1)
+
+
+def test_rescaled_guidance_equals_diffusers_and_touches_nobody_else() -> None:
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+    out = torch.randn(5, *SHAPE, generator=torch.Generator().manual_seed(0))
+    guided, scales = torch.tensor([0, 2]), torch.tensor([7.5, 3.0])
+    rescale = torch.tensor([0.7, 0.0])
+    plain = combine_guidance(out, guided, scales)
+    result = combine_guidance(out, guided, scales, rescale)
+    expected = rescale_noise_cfg(plain[:1], out[:1], guidance_rescale=0.7)
+    torch.testing.assert_close(result[:1], expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(result[1:], plain[1:])
+    assert (result[0] - plain[0]).abs().max() > 0.1
+
+
+def test_a_trajectory_is_rescaled_by_its_own_part() -> None:
+    one = trajectory("one", guidance=7.5)
+    one.guidance_rescale = 0.7
+    mate = trajectory("mate", guidance=7.5)
+    loop = make_loop()
+    for item in (one, mate):
+        loop.submit(item)
+    finish(loop)
+    plain = alone(trajectory("x", guidance=7.5))
+    latents = [owner_of(item).latent for item in (one, mate)]
+    assert latents[0] is not None
+    assert latents[1] is not None
+    assert torch.allclose(latents[1], plain, rtol=1e-5, atol=1e-6)
+    assert (latents[0] - plain).abs().max() > 1e-2
 
 
 def test_what_cannot_be_taken_is_refused_by_type() -> None:

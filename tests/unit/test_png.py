@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -56,6 +57,12 @@ def test_text_is_what_viewers_expect() -> None:
         "Size: 512x768, Model hash: 0123456789, Model: tintype, "
         "Approximations: cache=0.8; int8=on, Version: darkroom 0.1.0"
     )
+
+
+def test_what_else_a_picture_was_drawn_with_is_there() -> None:
+    drawn = replace(picture(), clip_skip=1, guidance_rescale=0.7)
+    text = format_parameters(parameters_of(drawn, "a red umbrella"))
+    assert "Model: tintype, Clip skip: 2, Guidance rescale: 0.7, " in text
 
 
 def test_text_of_other_tools_is_read() -> None:

@@ -91,6 +91,42 @@ def test_sdxl_equals_diffusers(prompt: str, negative: str, tiny_checkpoint: Tiny
     assert negatives.any() == bool(negative)
 
 
+@pytest.mark.parametrize("family", ["sd15", "sd21-v"])
+def test_clip_skip_equals_diffusers(family: str, tiny_checkpoint: Tiny) -> None:
+    from diffusers import DiffusionPipeline
+
+    encoder, _, checkpoint = encoder_of(tiny_checkpoint(family))
+    pipeline = DiffusionPipeline.from_pretrained(checkpoint.path)
+    # Diffusers asks for a module that Transformers 5 dropped; an attribute is no submodule.
+    object.__setattr__(pipeline.text_encoder, "text_model", pipeline.text_encoder)
+    with torch.no_grad():
+        expected = pipeline.encode_prompt("a red cat", CPU, 1, True, "a blue dog", clip_skip=1)
+    skipped = encoder.encode([ask("a red cat", "a blue dog", clip_skip=1)])[0].conditioning.context
+    torch.testing.assert_close(skipped, torch.cat(expected), rtol=0, atol=1e-6)
+    whole = encode(encoder, "a red cat", "a blue dog").conditioning.context
+    assert (whole[0] - skipped[0]).abs().max() > 1e-2
+    assert torch.equal(whole[1], skipped[1])  # the negative prompt, as Diffusers has it
+
+
+def test_clip_skip_equals_diffusers_for_sdxl(tiny_checkpoint: Tiny) -> None:
+    from diffusers import DiffusionPipeline
+
+    encoder, _, checkpoint = encoder_of(tiny_checkpoint("sdxl"))
+    pipeline = DiffusionPipeline.from_pretrained(checkpoint.path)
+    with torch.no_grad():
+        embeds, negatives, *_ = pipeline.encode_prompt(
+            "a red cat", device=CPU, negative_prompt="a blue dog", clip_skip=1
+        )
+    skipped = encoder.encode([ask("a red cat", "a blue dog", clip_skip=1)])[0].conditioning.context
+    torch.testing.assert_close(skipped, torch.cat([embeds, negatives]), rtol=0, atol=1e-5)
+
+
+def test_clip_skip_must_leave_a_layer(tiny_checkpoint: Tiny) -> None:
+    encoder, _, _ = encoder_of(tiny_checkpoint("sd15"))
+    with pytest.raises(InvalidRequestError, match=r"clip_skip is 2; text\.0 allows 0 to 1"):
+        encoder.encode([ask("a cat", clip_skip=2)])
+
+
 @pytest.mark.parametrize(("guidance", "size"), [(1.0, 16), (8.5, 256), (3.7, 15)])
 def test_guidance_embedding_equals_diffusers(guidance: float, size: int) -> None:
     from diffusers import LatentConsistencyModelPipeline

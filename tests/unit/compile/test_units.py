@@ -152,6 +152,27 @@ def test_a_replacing_tap_puts_a_tensor_back(load: Callable[[str], Checkpoint]) -
     assert torch.equal(changed[tensor], known[tensor])
 
 
+def test_what_a_replacing_tap_makes_void_takes_and_lists_nothing(
+    load: Callable[[str], Checkpoint],
+) -> None:
+    """Replaced and unneeded units leave no graph nodes: no inputs and factors may be promised."""
+    unet: Any = load("sd15").load_unet()
+    given = unet_inputs(unet)
+    tensor = "up.1.resnet.1"  # what up.1.attn.0 makes, it alone reads
+    known = walk(segments(unet, taps=[Tap(tensor=tensor, direction="out")]), given)
+    tap = Tap(tensor=tensor, direction="in", mode="replace")
+    sources = export_unet(load("sd15").load_unet(), taps=[tap])
+    owners = {site.module[: len("up_blocks.1.attentions.0")] for site in sources[-1].sites}
+    assert owners == {"up_blocks.1.attentions.1"}
+
+    (part,) = [part for part in segments(unet, taps=[tap]) if part.name == "up.1"]
+    feeds = {read.name: known[read.source] for read in part.reads}
+    assert len(part.reads) < len(part.all_reads)
+    with torch.no_grad():
+        result = part({**feeds, tap.input_name: known[tensor]})
+    assert torch.equal(result[PREDICTION], known[PREDICTION])
+
+
 def test_unknown_names_are_refused(load: Callable[[str], Checkpoint]) -> None:
     unet: Any = load("sd15").load_unet()
     with pytest.raises(PlanError, match=r"no unit is named 'down\.9'.*conv_in"):
@@ -191,8 +212,15 @@ def test_text_encoders_give_what_transformers_gives(
             expected = module(ids, output_hidden_states=True)
             result = export_text_encoder(encoder, f"text.{i}").module({"input_ids": ids})
         pooled = expected.text_embeds if "text_embeds" in expected else expected.pooler_output
-        states = (expected.last_hidden_state, expected.hidden_states[-2], pooled)
-        for name, tensor in zip(("hidden.-1", "hidden.-2", "pooled"), states, strict=True):
+        states = {"normed.-1": expected.last_hidden_state, "pooled": pooled}
+        norm = getattr(module, "text_model", module).final_layer_norm
+        layers = module.config.num_hidden_layers
+        for k in range(2, layers + 2):
+            states[f"hidden.-{k}"] = expected.hidden_states[-k]
+            if k <= layers:
+                states[f"normed.-{k}"] = norm(expected.hidden_states[-k])
+        assert result.keys() == states.keys()
+        for name, tensor in states.items():
             torch.testing.assert_close(result[name], tensor, rtol=1e-5, atol=1e-5)
 
 
