@@ -8,10 +8,8 @@ hundred. What a ticket meets, in this order:
    tenant. A deadline that the measured rates cannot meet is refused at once, with the time after
    which it could have been met.
 2. *The fair queue* (:mod:`server.fair_queue`).
-3. *Placement*: a worker holds ``depth`` saturation batches, enough for its step loop to mix and to
-   lose a member without a hole; the rest waits here, where it can still be put in order. Among
-   workers with room, one that has the model, then the one that is free soonest. A worker takes on
-   a model that others have only when nothing waits for those that it has itself.
+3. *Placement* (:mod:`server.fleet`): workers hold just enough to be busy, and the rest waits here,
+   where it can still be put in order.
 4. *A lease*, renewed by its gateway's heartbeat. Silence frees what a dead gateway held, and the
    worker hears at its next report what it need not go on with.
 
@@ -20,30 +18,16 @@ A new instance knows nothing. Reports and heartbeats say within seconds what is 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.errors import DeadlineExceededError, LimitExceededError, OverloadedError
 from engine.ports import Clock
 from server.config import AdmissionConfig
 from server.fair_queue import FairQueue
+from server.fleet import AdmissionPolicy, Fleet
 from server.messages import Load
-from server.routing import Grant, Rate, Ticket, WorkerReport
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdmissionPolicy:
-    """Dials that no operator needs to turn."""
-
-    depth: float = 2.0
-    """Saturation batches on a worker from which on it gets no further ticket."""
-    max_live: int = 256
-    """Tickets on a worker at most, however narrow."""
-    lease_s: float = 15.0
-    """A lease that its gateway has not renewed for so long is void."""
-    report_s: float = 5.0
-    """A worker that has not reported for so long gets nothing new."""
+from server.routing import Grant, Ticket, WorkerReport
 
 
 @dataclass(slots=True)
@@ -51,27 +35,6 @@ class _Lease:
     grant: Grant
     steps_left: float
     renewed_at_s: float
-
-
-@dataclass(slots=True)
-class _Worker:
-    """A worker's last report, and what it holds by our own count: ``grants`` fills that in."""
-
-    report: WorkerReport
-    heard_at_s: float
-    held: int = 0
-    batches: float = 0.0
-    busy_s: float = 0.0
-
-    def add(self, ticket: Ticket, steps_left: float) -> None:
-        """Count a ticket that it holds."""
-        rate = self.report.rates.get(ticket.model) or next(iter(self.report.rates.values()), None)
-        self.held += 1
-        if rate is None:  # nothing measured yet: one ticket fills it
-            self.batches += 1e9
-        else:
-            self.batches += ticket.width / rate.saturation_steps
-            self.busy_s += steps_left / rate.steps_per_s
 
 
 class Admission:
@@ -93,11 +56,10 @@ class Admission:
         self._clock = clock
         self._queue = FairQueue(weights, config.aging_s)
         self._leases: dict[str, _Lease] = {}
-        self._workers: dict[str, _Worker] = {}
+        self._fleet = Fleet(self._policy, clock)
         self._gateways: dict[str, float] = {}
         self._ended: dict[str, float] = {}
         """When gateways ended leases, kept while a worker's report may still name them."""
-        self._lost: dict[str, float] = {}
 
     # ------------------------------------------------------------------ what gateways say
 
@@ -148,10 +110,8 @@ class Admission:
         It may still report, when it is being stopped or the gateway is mistaken. Returns whether
         this is news.
         """
-        known = self._workers.pop(worker, None) is not None
-        self._lost[worker] = self._clock.now_s()
         self._leases = {i: held for i, held in self._leases.items() if held.grant.worker != worker}
-        return known
+        return self._fleet.lose(worker)
 
     # ------------------------------------------------------------------ what workers say
 
@@ -162,8 +122,7 @@ class Admission:
         has just started counts what it did not grant until the gateways claim it.
         """
         now_s = self._clock.now_s()
-        if now_s - self._lost.get(report.id, -math.inf) > self._policy.lease_s:
-            self._workers[report.id] = _Worker(report, now_s)
+        self._fleet.heard(report)
         orphans = []
         for live in report.live:
             if (lease := self._leases.get(live.id)) is not None:
@@ -195,13 +154,14 @@ class Admission:
         granted: list[Grant] = []
         wanted = {ticket.model for ticket in self._queue}
         blocked: set[str] = set()
-        fleet = self._fleet() if wanted else []
+        held = ((it.grant.worker, it.grant.ticket, it.steps_left) for it in self._leases.values())
+        holdings = self._fleet.open_to(held) if wanted else []
         for ticket in self._queue.in_order():
             if blocked == wanted:
                 break
             if ticket.model in blocked:
                 continue
-            worker = self._place(ticket.model, fleet, wanted)
+            worker = self._fleet.place(ticket.model, holdings, wanted)
             if worker is None:
                 blocked.add(ticket.model)
                 continue
@@ -217,11 +177,10 @@ class Admission:
         silent_s = now_s - self._policy.lease_s
         void_s = silent_s - self._policy.lease_s
         self._gateways = {i: at_s for i, at_s in self._gateways.items() if at_s >= silent_s}
-        self._workers = {i: w for i, w in self._workers.items() if w.heard_at_s >= silent_s}
+        self._fleet.sweep()
         # A void lease stays for as long again: meanwhile the worker's reports earn it a cancel.
         self._leases = {i: held for i, held in self._leases.items() if held.renewed_at_s >= void_s}
         self._ended = {i: at_s for i, at_s in self._ended.items() if at_s >= void_s}
-        self._lost = {i: at_s for i, at_s in self._lost.items() if at_s >= void_s}
         late = []
         for ticket in self._queue:
             passed = ticket.deadline_at_s is not None and now_s >= ticket.deadline_at_s
@@ -253,12 +212,12 @@ class Admission:
             queued_steps=self._queue.steps(),
             running=len(self._leases),
             running_steps=sum(lease.steps_left for lease in self._leases.values()),
-            steps_per_s=sum(rate.steps_per_s for rate in self._rates(None)),
+            steps_per_s=sum(rate.steps_per_s for rate in self._fleet.rates()),
         )
 
     def workers(self) -> tuple[WorkerReport, ...]:
         """The last report of every worker that is heard of."""
-        return tuple(worker.report for worker in self._workers.values())
+        return self._fleet.reports()
 
     # ------------------------------------------------------------------ bounds and deadlines
 
@@ -280,25 +239,25 @@ class Admission:
         if over > 0:
             raise OverloadedError(
                 "too much is waiting already; try again later",
-                retry_after_s=self._seconds(over, None),
+                retry_after_s=self._fleet.seconds(over),
             )
 
     def _check_deadlines(self, tickets: Sequence[Ticket]) -> None:
         """Hold each deadline against the work in front of it; all tickets are in the queue."""
         judged = {t.id: t.deadline_at_s for t in tickets if t.deadline_at_s is not None}
-        if not judged or not self._workers:
+        if not judged or not len(self._fleet):
             return  # without a measurement there is nothing to judge by
         now_s = self._clock.now_s()
         there_s = sum(
-            self._seconds(lease.steps_left, lease.grant.ticket.model) or 0.0
+            self._fleet.seconds(lease.steps_left, lease.grant.ticket.model) or 0.0
             for lease in self._leases.values()
         )
         for ticket in self._queue.in_order():
-            there_s += self._seconds(ticket.steps, ticket.model) or 0.0
+            there_s += self._fleet.seconds(ticket.steps, ticket.model) or 0.0
             if ticket.id not in judged:
                 continue
             left_s = judged.pop(ticket.id) - now_s
-            tick_s = min((rate.tick_s for rate in self._rates(ticket.model)), default=0.0)
+            tick_s = min((rate.tick_s for rate in self._fleet.rates(ticket.model)), default=0.0)
             alone_s = ticket.steps / ticket.width * tick_s
             if alone_s > left_s:
                 raise DeadlineExceededError(
@@ -313,45 +272,5 @@ class Admission:
             if not judged:
                 return
 
-    # ------------------------------------------------------------------ workers
-
     def _lease(self, grant: Grant, steps_left: float) -> None:
         self._leases[grant.ticket.id] = _Lease(grant, steps_left, self._clock.now_s())
-
-    def _fleet(self) -> list[_Worker]:
-        """The workers that may get work, with what they hold."""
-        since_s = self._clock.now_s() - self._policy.report_s
-        fleet = {}
-        for id_, worker in self._workers.items():
-            if worker.heard_at_s >= since_s:
-                fleet[id_] = _Worker(worker.report, worker.heard_at_s)
-        for lease in self._leases.values():
-            if (holder := fleet.get(lease.grant.worker)) is not None:
-                holder.add(lease.grant.ticket, lease.steps_left)
-        return list(fleet.values())
-
-    def _place(
-        self, model: str, fleet: Iterable[_Worker], wanted: Collection[str]
-    ) -> _Worker | None:
-        """The worker for the next ticket of ``model``, or None while it has to wait."""
-        have = [worker for worker in fleet if model in worker.report.rates]
-        room = [
-            worker
-            for worker in fleet
-            if worker.batches < self._policy.depth and worker.held < self._policy.max_live
-        ]
-        near = [worker for worker in room if worker in have]
-        if not near and have:
-            near = [worker for worker in room if not wanted & worker.report.rates.keys()]
-        return min(near if have else room, key=lambda worker: worker.busy_s, default=None)
-
-    def _rates(self, model: str | None) -> list[Rate]:
-        """What each worker does of ``model``, or of its first where nobody has measured that."""
-        reports = self.workers()
-        known = [rate for report in reports if (rate := report.rates.get(model or ""))]
-        return known or [next(iter(report.rates.values())) for report in reports if report.rates]
-
-    def _seconds(self, steps: float, model: str | None) -> float | None:
-        """How long all workers together need for ``steps``; None while none is known."""
-        rate = sum(rate.steps_per_s for rate in self._rates(model))
-        return steps / rate if rate > 0 else None

@@ -13,10 +13,11 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 
 from engine.errors import DarkroomError
 from engine.ports import Clock
-from server.admission import Admission, AdmissionPolicy
+from server.admission import Admission
 from server.clock import UnixClock
 from server.config import ServeConfig
 from server.errors import row_of
+from server.fleet import AdmissionPolicy
 from server.messages import ModelInfo
 from server.router_metrics import RouterMetrics
 from server.routing import (
