@@ -56,6 +56,10 @@ class JobsUnavailableError(ServerError):
     """The store of jobs does not answer; try again."""
 
 
+class CacheUnavailableError(ServerError):
+    """The noise cache's Redis does not answer an operator; pictures are drawn all the same."""
+
+
 class UnprocessableError(ServerError):
     """Well-formed, but not servable."""
 
@@ -105,6 +109,7 @@ TABLE: tuple[tuple[type[Exception], Row], ...] = (
     (PayloadTooLargeError, Row(413, "invalid_request_error", "payload_too_large")),
     (TooSlowError, Row(408, "invalid_request_error", "too_slow")),
     (JobsUnavailableError, Row(503, "unavailable", "jobs_unavailable")),
+    (CacheUnavailableError, Row(503, "unavailable", "cache_unavailable")),
     (UnprocessableError, Row(422, "invalid_request_error", "unprocessable")),
     (RateLimitedError, Row(429, "rate_limit_error", "rate_limited")),
     (WorkerLostError, Row(503, "unavailable", "worker_lost")),

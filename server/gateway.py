@@ -18,7 +18,18 @@ from starlette.middleware.cors import CORSMiddleware
 from engine.png import VERSION
 from engine.ports import SystemClock
 from server import error_replies
-from server.api import admin, docs, health, jobs, metrics_route, models, openai, playground, sdapi
+from server.api import (
+    admin,
+    cache,
+    docs,
+    health,
+    jobs,
+    metrics_route,
+    models,
+    openai,
+    playground,
+    sdapi,
+)
 from server.middleware.body_limit import BodyLimit
 from server.middleware.door import Door
 from server.middleware.request_id import RequestLayer
@@ -28,7 +39,7 @@ from server.rate_limit import RateLimiter
 from server.request_log import RequestLog
 from server.services import Services
 
-_MODULES = (openai, jobs, models, sdapi, admin, metrics_route, health, docs, playground)
+_MODULES = (openai, jobs, models, sdapi, admin, cache, metrics_route, health, docs, playground)
 _UPLOADS = ("/v1/images/edits", "/sdapi/")
 
 

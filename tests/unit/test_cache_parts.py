@@ -65,7 +65,7 @@ def test_embeddings_keep_cosines() -> None:
 
 def test_embeddings_are_the_same_in_every_process() -> None:
     """Golden numbers: a change here makes every stored embedding useless."""
-    context = np.arange(24, dtype=np.float32).reshape(4, 6) / 24
+    context = np.arange(24, dtype=np.float32).reshape(4, 6) / np.float32(24)
     found = embed(context)
     places = np.flatnonzero(found)
     assert places[:4].tolist() == GOLDEN_PLACES
