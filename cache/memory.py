@@ -82,6 +82,9 @@ class MemoryNoiseCache:
         self._counters = Counters()
         self._lock = threading.Lock()
 
+    def start(self) -> None:
+        """Nothing goes on in the background."""
+
     def embed(self, context: npt.NDArray[np.float32]) -> Embedding:
         """See :func:`cache.embedding.embed`."""
         return embed(context)

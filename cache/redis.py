@@ -203,7 +203,9 @@ class RedisNoiseCache:
     # ------------------------------------------------------------------ following
 
     def start(self) -> None:
-        """Follow Redis on a thread of its own until :meth:`close`."""
+        """Follow Redis on a thread of its own until :meth:`close`; twice is harmless."""
+        if self._thread is not None:
+            return
         self._thread = threading.Thread(target=self._run, name="darkroom-noise-index", daemon=True)
         self._thread.start()
 

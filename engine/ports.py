@@ -180,6 +180,10 @@ class NoiseCache(Protocol):
     counts it in its statistics.
     """
 
+    def start(self) -> None:
+        """Begin what goes on in the background; twice is harmless."""
+        ...
+
     def embed(self, context: npt.NDArray[np.float32]) -> Embedding:
         """The embedding of a prompt from its conditioning, (tokens, width)."""
         ...

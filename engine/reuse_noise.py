@@ -149,7 +149,8 @@ class NoiseReuse:
         )
 
     def start(self) -> None:
-        """Start the writer."""
+        """Start the writer, and what the cache does in the background; its owner closes it."""
+        self._cache.start()
         self._writer.start()
 
     def close(self) -> None:

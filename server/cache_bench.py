@@ -61,6 +61,9 @@ class Shelf:
         """Whether the claim's states are here."""
         return claim in self._kept
 
+    def start(self) -> None:
+        """Nothing goes on in the background."""
+
     def embed(self, context: npt.NDArray[np.float32]) -> Embedding:
         """As every cache does."""
         return embed(context)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from cache.connection import RedisSettings
 from cache.memory import MemoryNoiseCache
 from cache.policy import policy_named
+from cache.profiles import FILE_NAME, read_profile
 from cache.redis import RedisNoiseCache
 from engine.ports import NoiseCache
 from engine.reuse_noise import NoiseReuseConfig
@@ -23,8 +26,19 @@ def noise_cache(config: ServeConfig) -> NoiseCache | None:
     return RedisNoiseCache(settings, limit_bytes=wanted.max_bytes, policy=policy)
 
 
-def reuse_config(config: ServeConfig) -> NoiseReuseConfig:
-    """How the engine uses it."""
+def reuse_config(config: ServeConfig, models: Path) -> NoiseReuseConfig:
+    """How the engine uses it: as ``darkroom cache calibrate`` has measured, where it has.
+
+    Raises:
+        InvalidRequestError: a model's profile cannot be read.
+    """
+    folders = [model.path or models / model.id for model in config.models]
     return NoiseReuseConfig(
-        share_between_tenants=config.cache.share_between_tenants, budget_s=config.cache.budget_s
+        profiles={
+            folder.name: read_profile(folder / FILE_NAME)
+            for folder in folders
+            if (folder / FILE_NAME).is_file()
+        },
+        share_between_tenants=config.cache.share_between_tenants,
+        budget_s=config.cache.budget_s,
     )

@@ -85,7 +85,7 @@ class WorkerCore:
             device=config.workers.device,
             config=EngineConfig(
                 limits=config.limits.engine_limits(),
-                noise_reuse=reuse_config(config),
+                noise_reuse=reuse_config(config, settings.models),
                 # Twice, since what is cancelled leaves only before the next tick, and whoever
                 # takes its place must not be refused until then.
                 loop=LoopConfig(max_live=2 * config.workers.max_live),
