@@ -27,6 +27,7 @@ def reply_of(model: ModelInfo, *, aliases: Sequence[str], default: bool) -> Mode
             min_px=model.min_px,
             max_px=model.max_px,
             guidance_default=model.guidance_default,
+            guidable=model.guidable,
             solver_default=model.solver_default,
             schedule_default=model.schedule_default,
             precision=model.precision,

@@ -136,7 +136,7 @@ export class Controls {
     const model = this.#models.find(({ id }) => id === element("model").value);
     if (!model) return;
     element("size").replaceChildren(...sizesOf(model));
-    element("guidance-field").hidden = model.guidable === false;
+    element("guidance-field").hidden = !model.guidable;
     element("guidance").value = model.guidance_default;
     const names = this.#solvers.includes(model.solver_default)
       ? this.#solvers

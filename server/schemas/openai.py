@@ -100,6 +100,8 @@ class ModelDetails(Reply):
     min_px: int
     max_px: int
     guidance_default: float
+    guidable: bool
+    """Whether guidance costs a second UNet row; distilled models have it built in."""
     solver_default: str
     schedule_default: str
     precision: str
