@@ -6,9 +6,7 @@ for it.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import re
 import shutil
 import signal
@@ -16,14 +14,13 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 from server.config import HttpConfig, ServeConfig
 from server.errors import StartError
 from server.log_pipe import LogPipe
 from server.messages import Readiness
-from server.settings import Settings
+from server.settings import Settings, extended_environment, set_default_environment
 
 NAMESPACE = "darkroom"
 
@@ -89,8 +86,7 @@ class Application:
         Raises:
             StartError: it did not come up; what had come up is down again.
         """
-        for key, value in RAY_ENVIRONMENT.items():
-            os.environ.setdefault(key, value)
+        set_default_environment(RAY_ENVIRONMENT)
         try:
             self._start_ray()
             return self._start_application()
@@ -137,7 +133,7 @@ class Application:
             self._session = tempfile.mkdtemp(prefix="dr-")
             workers = self._config.workers
             most = workers.max_replicas or workers.replicas
-            with _environment(REPLICA_ENVIRONMENT):
+            with extended_environment(REPLICA_ENVIRONMENT):
                 ray.init(
                     address="local",
                     namespace=NAMESPACE,
@@ -214,18 +210,6 @@ def _end_spare_processes() -> None:
     node.kill_dashboard(check_alive=False)
     node.kill_monitor(check_alive=False)
     node.kill_log_monitor(check_alive=False)
-
-
-@contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Lay ``values`` under the environment for a while: what is set already stays."""
-    mine = {key: value for key, value in values.items() if key not in os.environ}
-    os.environ.update(mine)
-    try:
-        yield
-    finally:
-        for key in mine:
-            del os.environ[key]
 
 
 _ERROR_LINE = re.compile(r"^(?:[\w.]*\.)?(\w+(?:Error|Exception)): (.+)$", re.MULTILINE)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,6 +93,24 @@ def served_config(
         if value is not None
     }
     return read_config(path, overrides)
+
+
+def set_default_environment(values: Mapping[str, str]) -> None:
+    """What other libraries read from the environment; what is set already stays."""
+    for key, value in values.items():
+        os.environ.setdefault(key, value)
+
+
+@contextmanager
+def extended_environment(values: Mapping[str, str]) -> Iterator[None]:
+    """The same for a while, for processes that are started meanwhile."""
+    mine = {key: value for key, value in values.items() if key not in os.environ}
+    os.environ.update(mine)
+    try:
+        yield
+    finally:
+        for key in mine:
+            del os.environ[key]
 
 
 def usable_cores() -> int:
