@@ -1,10 +1,9 @@
 """The application as Ray Serve deploys it: gateways, one router, workers.
 
-``darkroom serve`` runs :func:`build` on one machine; ``serve deploy`` and KubeRay name it as
+``darkroom serve`` runs :func:`application` on one machine; ``serve deploy`` and KubeRay name it as
 ``import_path: server.app:build``, with the keys of the configuration file under ``args``.
 """
 
-# Serve reads the builder's annotation to validate ``args``, so it must be the class, not its name.
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from ray.serve.deployment import Application
 from server.config import ServeConfig
 from server.gateway_deployment import Gateway
 from server.router_deployment import RouterReplica
-from server.settings import Settings
+from server.settings import Settings, deployed_config
 from server.worker import Worker
 
 NAME = "darkroom"
@@ -33,13 +32,17 @@ _GRACE_S = 15.0
 """Beyond the drain timeout, for last replies and for closing what is open."""
 
 
-def build(config: ServeConfig) -> Application:
-    """The application's graph for a configuration."""
-    return build_with_log(config, None)
+def build(args: dict[str, Any]) -> Application:
+    """What a deployment names; the environment of whoever deploys is laid over its ``args``."""
+    return application(deployed_config(args))
 
 
-def build_with_log(config: ServeConfig, log: Path | None) -> Application:
-    """The same, where every process writes its log to a pipe (:mod:`server.log_pipe`)."""
+def application(config: ServeConfig, log: Path | None = None) -> Application:
+    """The graph for a configuration.
+
+    Args:
+        log: a pipe (:mod:`server.log_pipe`) to which every process writes its log.
+    """
     deploy: dict[str, Any] = {
         "max_ongoing_requests": _UNBOUNDED,
         "graceful_shutdown_wait_loop_s": 0.2,

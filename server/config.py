@@ -275,13 +275,24 @@ def read_config(path: Path | None, overrides: Mapping[str, Override] | None = No
     Raises:
         InvalidRequestError: naming the file and every key that is wrong, never a value.
     """
-    overrides = overrides or {}
     content: Any = {}
     if path is not None:
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise InvalidRequestError(f"{path} cannot be read: {error}", field="config") from error
+    return checked_config(content, overrides, "configuration" if path is None else str(path))
+
+
+def checked_config(
+    content: Any, overrides: Mapping[str, Override] | None = None, where: str = "configuration"
+) -> ServeConfig:
+    """A file's content, read already; ``where`` is how messages name it.
+
+    Raises:
+        InvalidRequestError: naming every key that is wrong, never a value.
+    """
+    overrides = overrides or {}
     try:
         return ServeConfig.model_validate(_laid_over(content, overrides))
     except ValidationError as error:
@@ -290,7 +301,6 @@ def read_config(path: Path | None, overrides: Mapping[str, Override] | None = No
             key = ".".join(str(part) for part in item["loc"]) or "config"
             named = f"{overrides[key].source} ({key})" if key in overrides else key
             wrong.append(f"{named}: {item['msg']}")
-        where = "configuration" if path is None else str(path)
         raise InvalidRequestError(f"{where}: {'; '.join(wrong)}", field="config") from error
 
 

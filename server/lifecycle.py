@@ -166,9 +166,9 @@ class Application:
     def _start_application(self) -> Readiness:
         from ray import serve
 
-        from server.app import NAME, build_with_log
+        from server.app import NAME, application
 
-        graph = build_with_log(self._config, self._log.path if self._log else None)
+        graph = application(self._config, self._log.path if self._log else None)
         try:
             self._gateway = serve.run(graph, name=NAME, route_prefix=None)
         except RuntimeError as error:

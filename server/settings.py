@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engine.errors import InvalidRequestError
-from server.config import Override, ServeConfig, read_config
+from server.config import Override, ServeConfig, checked_config, read_config
 
 PREFIX = "DARKROOM_"
 CONFIG_KEYS: Mapping[str, str] = {
@@ -84,15 +85,30 @@ def served_config(
     """
     environ = os.environ if environ is None else environ
     path = path or Settings.from_environment(environ).config
-    overrides = {
-        key: Override(environ[name], name) for name, key in CONFIG_KEYS.items() if environ.get(name)
-    }
-    overrides |= {
+    overrides = _overrides(environ) | {
         key: Override(value, f"--{key.rpartition('.')[2].replace('_', '-')}")
         for key, value in (flags or {}).items()
         if value is not None
     }
     return read_config(path, overrides)
+
+
+def deployed_config(
+    content: Mapping[str, Any], environ: Mapping[str, str] | None = None
+) -> ServeConfig:
+    """The same for a deployment that states its keys itself, as KubeRay's does: secrets come from
+    the environment.
+
+    Raises:
+        InvalidRequestError: naming the variable or key that is wrong.
+    """
+    return checked_config(dict(content), _overrides(os.environ if environ is None else environ))
+
+
+def _overrides(environ: Mapping[str, str]) -> dict[str, Override]:
+    return {
+        key: Override(environ[name], name) for name, key in CONFIG_KEYS.items() if environ.get(name)
+    }
 
 
 def set_default_environment(values: Mapping[str, str]) -> None:

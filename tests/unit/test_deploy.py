@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from server.config import ServeConfig, read_config
+from server.config import read_config
+from server.settings import deployed_config
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 
@@ -112,7 +113,8 @@ def test_the_configurations_of_the_cluster_are_valid() -> None:
         application = yaml.safe_load(text)["applications"][0]
 
         assert application["import_path"] == "server.app:build"
-        assert not ServeConfig.model_validate(application["args"]).http.loopback
+        environment = {"DARKROOM_REDIS_URL": "redis://redis:6379/0"}  # the secret's
+        assert not deployed_config(application["args"], environment).http.loopback
 
 
 def test_the_table_of_metrics_is_that_of_the_code() -> None:

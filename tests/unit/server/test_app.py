@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 
-from server.app import SCALE_AHEAD_S, build, workers_wanted
+from engine.errors import InvalidRequestError
+from server.app import SCALE_AHEAD_S, application, build, workers_wanted
 from server.config import ServeConfig
 
 RATE = 100.0
@@ -40,15 +41,28 @@ def test_without_a_measurement_nothing_changes() -> None:
     assert workers_wanted(context({"a": 1e9}, rate=0.0, now=3)) == (3, {})
 
 
-def test_serve_deploy_finds_a_typed_builder() -> None:
-    [parameter] = inspect.signature(build).parameters.values()
-    assert parameter.annotation is ServeConfig
+def test_serve_deploy_calls_the_builder_with_the_keys_of_a_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DARKROOM_REDIS_URL", "redis://:secret@redis:6379/0")
+    args = {"http": {"gateways": 3}}  # refused without a Redis
+
+    made = call_user_app_builder_with_args_if_necessary(build, args)
+
+    gateway = made._bound_deployment
+    assert gateway.init_args[0].redis.url == "redis://:secret@redis:6379/0"
+    assert gateway._deployment_config.num_replicas == 3
+
+
+def test_keys_that_are_wrong_are_named() -> None:
+    with pytest.raises(InvalidRequestError, match=r"workers\.replica: Extra inputs"):
+        build({"workers": {"replica": 2}})
 
 
 @pytest.mark.parametrize("workers", [{}, {"replicas": 2, "max_replicas": 4}])
 def test_the_graph_is_gateway_router_and_worker(workers: dict[str, int]) -> None:
     config = ServeConfig.model_validate({"workers": workers})
-    gateway = build(config)._bound_deployment
+    gateway = application(config)._bound_deployment
     assert gateway.name == "Gateway"
     router, worker = gateway.init_args[1:3]
     assert (router._bound_deployment.name, worker._bound_deployment.name) == ("Router", "Worker")
