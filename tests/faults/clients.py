@@ -67,14 +67,14 @@ def same(one: list[Reply], other: list[Reply]) -> bool:
     )
 
 
-def leave_after(served: Served, events: int, seed: int) -> threading.Thread:
+def leave_after(served: Served, events: int, *, seed: int, steps: int) -> threading.Thread:
     """A client that reads so many lines of a stream of previews, and is gone."""
 
     def read() -> None:
         asked = {
             "prompt": "a red umbrella",
             "seed": seed,
-            "steps": LONG_STEPS,
+            "steps": steps,
             "stream": True,
             "partial_images": 3,
         }
