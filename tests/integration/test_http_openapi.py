@@ -82,7 +82,7 @@ def test_made_up_requests_meet_documented_replies_only(mode: GenerationMode) -> 
     assert {"POST /v1/images/generations", "POST /sdapi/v1/img2img", "GET /metrics"} <= set(seen)
 
 
-@pytest.mark.parametrize("key", ["", KEY.key])
+@pytest.mark.parametrize("key", ["", KEY.key], ids=["without", "with"])
 def test_with_keys_too(key: str) -> None:
     schema = schema_of(ScriptedDispatcher(), LOCKED)
     headers = {"authorization": f"Bearer {key}"} if key else {}
