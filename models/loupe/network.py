@@ -17,6 +17,9 @@ from torch import Tensor, nn
 PAD, UNKNOWN = 0, 1
 """Word numbers that every vocabulary starts with."""
 
+QUERIES = 4
+"""Tokens that attend to a picture: the whole, the first object, the second, and the style."""
+
 _WORD = re.compile(r"[a-z0-9]+(?:[-'][a-z0-9]+)*")
 
 
@@ -107,10 +110,35 @@ def _positions(height: int, width: int, channels: int, like: Tensor) -> Tensor:
     return torch.cat([y.sin(), y.cos(), x.sin(), x.cos()], dim=-1).flatten(0, 1).to(like.dtype)
 
 
-class PictureTower(nn.Module):
-    """Pictures to features: a strided trunk, then attention with three queries.
+class _Texture(nn.Module):
+    """Statistics of fine texture, by which vendors' styles differ and which a strided trunk loses.
 
-    The queries are the whole picture, its first object (left or top), and its second.
+    Means and deviations, over cells of 16 px, of features at half the picture's resolution.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, channels // 2, 4, stride=2, padding=1, bias=False),
+            _norm(channels // 2),
+            nn.SiLU(),
+            nn.Conv2d(channels // 2, channels, 3, padding=1, bias=False),
+            _norm(channels),
+            nn.SiLU(),
+        )
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """``(n, 3, h, w)`` to ``(n, h / 16 * w / 16, 2 * channels)``."""
+        found = self.body(pictures).float()
+        mean = F.avg_pool2d(found, 8)
+        spread = (F.avg_pool2d(found.square(), 8) - mean.square()).clamp_min(0).add(1e-4).sqrt()
+        return torch.cat([mean, spread], dim=1).flatten(2).transpose(1, 2)
+
+
+class PictureTower(nn.Module):
+    """Pictures to features: a strided trunk and a texture path, then attention with four queries.
+
+    The queries are the whole picture, its first object (left or top), its second, and the style.
     """
 
     def __init__(self, config: LoupeConfig) -> None:
@@ -131,22 +159,25 @@ class PictureTower(nn.Module):
             _Residual(c),
             _Residual(c),
         )
+        self.texture = _Texture(a)
         self.enter = nn.Linear(c, config.width)
-        self.queries = nn.Parameter(torch.randn(3, config.width) * 0.02)
+        self.enter_texture = nn.Linear(2 * a, config.width, bias=False)
+        self.queries = nn.Parameter(torch.randn(QUERIES, config.width) * 0.02)
         self.attend = nn.ModuleList([_Attend(config.width) for _ in range(2)])
         self.leave = nn.LayerNorm(config.width)
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """``(n, 3, h, w)`` in -1 to 1 to the three query tokens ``(n, 3, width)`` and the mean of
+        """``(n, 3, h, w)`` in -1 to 1 to the query tokens ``(n, QUERIES, width)`` and the mean of
         the trunk.
         """
         grid = self.trunk(pictures)
         tokens = self.enter(grid.flatten(2).transpose(1, 2))
+        tokens = tokens + self.enter_texture(self.texture(pictures)).to(tokens.dtype)
         tokens = tokens + _positions(grid.shape[2], grid.shape[3], tokens.shape[-1], tokens)
         tokens = torch.cat([self.queries.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], 1)
         for layer in self.attend:
             tokens = layer(tokens)
-        return self.leave(tokens[:, :3]), grid.mean(dim=(2, 3))
+        return self.leave(tokens[:, :QUERIES]), grid.mean(dim=(2, 3))
 
 
 class TextTower(nn.Module):
@@ -182,7 +213,7 @@ class LoupeNetwork(nn.Module):
         )
         self.object = nn.Linear(config.width, len(config.concepts) + 1)  # the last class: none
         self.present = nn.Linear(config.width, len(config.concepts))
-        self.of_picture = nn.Linear(config.width * 3, config.width, bias=False)
+        self.of_picture = nn.Linear(config.width * QUERIES, config.width, bias=False)
         self.of_text = nn.Linear(config.width, config.width, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(math.log(15.0)))
 
@@ -190,7 +221,10 @@ class LoupeNetwork(nn.Module):
         """Logits of every head, ``embedding`` (unit length) and ``features`` of pictures."""
         tokens, pooled = self.picture(pictures)
         whole = tokens[:, 0]
-        out = {name: head(whole) for name, head in self.heads.items()}
+        out = {
+            name: head(tokens[:, 3] if name == "style" else whole)
+            for name, head in self.heads.items()
+        }
         out["first"], out["second"] = self.object(tokens[:, 1]), self.object(tokens[:, 2])
         out["present"] = self.present(whole)
         out["embedding"] = F.normalize(self.of_picture(tokens.flatten(1)).float(), dim=-1)

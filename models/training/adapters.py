@@ -31,6 +31,7 @@ from models.training.common import (
     average_gradients,
     load_checkpoint,
     log,
+    prefer_plain_attention,
     save_checkpoint,
     start_processes,
 )
@@ -122,6 +123,7 @@ def fit(
     The curve is ``WORK/NAME.jsonl``. Returns whether this process is the one to write results.
     """
     rank, size = start_processes()
+    prefer_plain_attention()
     optimizer = torch.optim.AdamW(
         trained, lr=options.rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
     )

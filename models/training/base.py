@@ -1,6 +1,6 @@
 """Train the UNet, and the text encoder with it, on pre-encoded scenes.
 
-    torchrun --nproc-per-node 2 -m models.training.base --work WORK --minutes 75
+    torchrun --nproc-per-node 2 -m models.training.base --work WORK --minutes 120
 
 Velocity prediction on Stable Diffusion's ``scaled_linear`` betas, one caption in ten dropped. The
 learning rate warms up, stays, and falls over the last ``--decay`` share of the run; the state just
@@ -32,6 +32,7 @@ from models.training.common import (
     load_checkpoint,
     log,
     millions,
+    prefer_plain_attention,
     same_everywhere,
     save_checkpoint,
     start_processes,
@@ -207,6 +208,7 @@ class Run:
 def train(options: argparse.Namespace) -> None:
     """Train for ``options.minutes`` in all, resuming from the checkpoint."""
     rank, size = start_processes()
+    prefer_plain_attention()
     torch.manual_seed(5)
     run = Run(options)
     path, stable_path = options.work / "base.pt", options.work / "base-stable.pt"
@@ -269,15 +271,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--minutes", type=float, default=75.0, help="of the whole run, earlier parts included"
+        "--minutes", type=float, default=120.0, help="of the whole run, earlier parts included"
     )
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 192])
-    parser.add_argument("--batch", type=int, default=16, help="native scenes per process and step")
-    parser.add_argument("--sync", type=int, default=4, help="steps between averaging weights")
+    parser.add_argument("--batch", type=int, default=32, help="native scenes per process and step")
+    parser.add_argument("--sync", type=int, default=2, help="steps between averaging weights")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.996)
     parser.add_argument(
-        "--decay", type=float, default=0.37, help="share of the run over which the rate falls"
+        "--decay", type=float, default=0.3, help="share of the run over which the rate falls"
     )
     parser.add_argument("--report", type=int, default=100)
     parser.add_argument("--save", type=int, default=400)

@@ -66,6 +66,9 @@ def sibling(scene: data.Scene, rng: np.random.Generator) -> data.Scene:
     changes: list[Callable[[], data.Scene]] = [
         lambda: replace(scene, background=str(rng.choice(list(data.BACKGROUNDS)))),
         lambda: replace(scene, style=str(rng.choice(ALL_STYLES))),
+        lambda: replace(
+            scene, style=str(rng.choice(tuple(BASE_STYLES)))
+        ),  # the hardest part to tell
         lambda: replace(scene, objects=(other, *scene.objects[1:])),
     ]
     if len(scene.objects) == 2:

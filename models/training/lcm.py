@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 -m models.training.lcm --work WORK
 
 Latent consistency distillation (Luo et al. 2023, arXiv:2310.04378; as a LoRA: arXiv:2311.05556) of
-the model on itself. The teacher, with guidance, makes one DDIM step of 20 timesteps; the student,
+the model on itself. The teacher, with guidance, makes one DDIM step of 40 timesteps; the student,
 which is the teacher plus LoRA factors, learns to predict from both ends of that step the same
 clean latent. Writes ``models/lora-lcm/`` in PEFT's and in kohya's layout, to be used with
 Diffusers' ``LCMScheduler`` and ``guidance_scale=1``.
@@ -35,7 +35,8 @@ from models.training.adapters import (
 from models.training.base import Noiser
 from models.training.latents import LatentStore
 
-STRIDE = 20  # timesteps of one teacher step; LCMScheduler's grid of 50
+GRID = 20  # timesteps between the points of LCMScheduler's grid of 50
+STRIDE = 2 * GRID  # of one teacher step: a short training has fewer of them to carry over
 SIGMA_DATA, TIME_SCALE = 0.5, 10.0  # as in LCMScheduler
 HUBER = 1e-3
 
@@ -97,7 +98,7 @@ class Distiller:
     def loss(self, latents: Tensor, tokens: Tensor) -> Tensor:
         """Pseudo-Huber distance of the student's predictions from both ends of a teacher step."""
         latents, words = latents.to(self._device), self._words(tokens)
-        start = (spread_timesteps(len(latents), 1000 // STRIDE, self._device) + 1) * STRIDE - 1
+        start = (spread_timesteps(len(latents), 1000 // GRID, self._device) + 1) * GRID - 1
         end = (start - STRIDE).clamp(min=0)
         a, s = self._mix(start)
         noisy = a * latents + s * torch.randn_like(latents)
@@ -135,9 +136,9 @@ def main() -> None:
     )
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument(
-        "--guidance", type=float, nargs=2, default=[2.0, 4.0], help="range of the teacher's scale"
+        "--guidance", type=float, nargs=2, default=[3.0, 3.0], help="range of the teacher's scale"
     )
-    add_arguments(parser, steps=800, batch=16, rate=1e-3)
+    add_arguments(parser, steps=700, batch=24, rate=7e-4)
     train(parser.parse_args())
 
 

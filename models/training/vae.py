@@ -43,6 +43,9 @@ from models.training.crops import CROP, Crops, held_out, to_tensor
 KL_WEIGHT = 1e-4
 EDGE_WEIGHT = 0.5
 WHOLE_SCENES_FROM = 0.85  # of the run: until here, crops
+TUNED_ON_SCENES_FROM = (
+    0.4  # likewise of a run of the decoder alone, which ends on what it will draw
+)
 
 
 def build(latent_channels: int, widths: tuple[int, ...]) -> AutoencoderKL:
@@ -180,13 +183,14 @@ def train(options: argparse.Namespace) -> None:
     curve = Curve(options.work / f"{options.name}.jsonl")
     measured = held_out(atlas, options.held_out, options.device) if rank == 0 else {}
     smooth, mark = 0.0, time.time()
+    whole_from = TUNED_ON_SCENES_FROM if options.decoder_only else WHOLE_SCENES_FROM
     clock, before, budget = time.time(), run.spent, 60 * options.minutes
     while (progress := same_everywhere((before + time.time() - clock) / budget)) < 1:
         warm = min(1.0, (run.step + 1) / 100)
         rate = options.rate * warm * max(0.01, 0.5 + 0.5 * math.cos(math.pi * progress))
         for group in run.optimizer.param_groups:
             group["lr"] = rate
-        pictures = crops.batch(options.batch, whole=progress > WHOLE_SCENES_FROM)
+        pictures = crops.batch(options.batch, whole=progress > whole_from)
         value = run.update(to_tensor(pictures, options.device))
         run.spent = before + time.time() - clock
         smooth = value if not smooth else 0.98 * smooth + 0.02 * value

@@ -14,7 +14,7 @@ from PIL import Image
 
 from models.loupe import Loupe
 from models.loupe.network import LoupeConfig, LoupeNetwork
-from models.training import controlnet, data, drawing, evaluate, sheets
+from models.training import controlnet, data, drawing, evaluate, sheets, tables
 from models.training.adapters import load_parts
 from models.training.styles import ALL_STYLES
 from tests.models.tiny_base import write_base, write_icons
@@ -93,9 +93,9 @@ def test_edges_agree_with_themselves_and_not_with_others() -> None:
 
 def test_only_the_generated_part_of_a_page_is_replaced(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    evaluate.write_page(page, "one")
+    tables.write_page(page, "one")
     page.write_text(page.read_text() + "by hand\n")
-    evaluate.write_page(page, "two")
+    tables.write_page(page, "two")
     text = page.read_text()
     assert "two" in text
     assert "one" not in text

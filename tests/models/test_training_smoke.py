@@ -12,7 +12,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 
 from models.training import base, data, export, icons, latents, text, vae
 from tests.models.tiny_base import write_icons
@@ -39,11 +39,20 @@ def test_from_artwork_to_a_stock_folder(work: Path, monkeypatch: pytest.MonkeyPa
     stage(monkeypatch, vae, work, *small, *widths, "--held-out", "1")
     stage(monkeypatch, latents, work, "--device", "cpu", "--scenes", "30", "--captions", "300")
     stage(monkeypatch, text, work, *small, "--width", "32", "--layers", "1")
-    stage(monkeypatch, base, work, *small, "--sync", "1", "--widths", "16", "32", "32")
-    stage(monkeypatch, base, work, *small, "--sync", "1", "--widths", "16", "32", "32")
+    unet = (*small, "--sync", "1", "--decay", "1", "--widths", "16", "32", "32")
+    for resumed in ((), (), ("--extend",)):  # the last from the state that the first one kept
+        stage(monkeypatch, base, work, *unet, *resumed)
     points = [json.loads(line) for line in (work / "base.jsonl").read_text().splitlines()]
-    assert [point["step"] for point in points] == [1, 2, 3, 4]
+    assert [point["step"] for point in points] == [1, 2, 3, 4, 2, 3]
     assert all(np.isfinite(point["loss"]) for point in points)
+
+    tuned = ("--decoder-only", "--name", "vae-tuned", "--held-out", "1")
+    stage(monkeypatch, vae, work, *small, *tuned)
+    before, after = (AutoencoderKL.from_pretrained(work / name) for name in ("vae", "vae-tuned"))
+    grey = torch.zeros(1, 3, 64, 64)
+    codes = before.encode(grey).latent_dist.mode()
+    assert torch.equal(codes, after.encode(grey).latent_dist.mode())
+    assert not torch.equal(before.decode(codes).sample, after.decode(codes).sample)
 
     out = work / "folder"
     stage(monkeypatch, export, work, "--out", str(out))
@@ -109,6 +118,29 @@ def test_the_committed_prompts_are_the_ones_that_the_script_makes(tmp_path: Path
     assert all(data.is_hidden(data.scene_from_dict(item["scene"])) for item in unseen)
     seen = json.loads((committed / "seen.json").read_text())
     assert not any(data.is_hidden(data.scene_from_dict(item["scene"])) for item in seen)
+
+
+def test_npm_packages_become_the_artwork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(icons, "SIDE", 16)
+    slugs = [concept.icon for concept in icons.concepts()]
+    body = '<path d="M0 0h16v16H0z" fill="#00f"/>'
+    for name in icons.STYLES.values():
+        folder = tmp_path / "node_modules" / "@iconify-json" / name
+        folder.mkdir(parents=True)
+        drawn = {slug: {"body": body} for slug in (*slugs, "stranger")}
+        (folder / "icons.json").write_text(json.dumps({"icons": drawn}))
+        (folder / "chars.json").write_text(json.dumps({"1f97f": "stranger"}))
+    packages = ("--packages", str(tmp_path / "node_modules"))
+    stage(monkeypatch, icons, tmp_path, *packages)
+    atlas = data.Atlas(tmp_path)
+    assert tuple(atlas.icon("glossy", len(slugs) - 1)[8, 8]) == (0, 0, 255, 255)
+    assert len(atlas.extra()) == 2
+
+    (tmp_path / "icons" / "twemoji.npy").unlink()
+    lacking = tmp_path / "node_modules" / "@iconify-json" / "twemoji" / "icons.json"
+    lacking.write_text(json.dumps({"icons": {}}))
+    with pytest.raises(KeyError, match="twemoji has no icons named"):
+        stage(monkeypatch, icons, tmp_path, *packages)
 
 
 def test_an_icon_is_rendered_with_premultiplied_alpha() -> None:
