@@ -20,6 +20,7 @@ from engine.errors import (
 )
 from server.admission import Admission
 from server.config import ServeConfig
+from server.fleet import AdmissionPolicy
 from server.messages import (
     Checkpointed,
     Drawn,
@@ -78,6 +79,7 @@ class LocalDispatcher:
             config.admission,
             weights={tenant.id: tenant.weight for tenant in config.auth.tenants},
             clock=_UnixClock(unix_s),
+            policy=AdmissionPolicy(max_live=config.workers.max_live),
         )
         self._tasks: dict[str, _Waiting] = {}
         self._idle = asyncio.Event()

@@ -173,6 +173,8 @@ def test_onnx_runtime_fuses_what_is_quantized(tmp_path: Path) -> None:
     """A convolution that is not fused would run in float, and slower than before."""
     import onnxruntime
 
+    from engine.runtime.onnxruntime import set_threads
+
     plain, _ = write_pair(tmp_path)
     x = np.random.default_rng(3).standard_normal((2, 16, 8, 8)).astype(np.float32)
     graph = GraphFile(plain)
@@ -181,6 +183,7 @@ def test_onnx_runtime_fuses_what_is_quantized(tmp_path: Path) -> None:
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 3
+    set_threads(options, 1)
     onnxruntime.InferenceSession(str(plain), options, providers=["CPUExecutionProvider"])
     kinds = {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
     assert {"QLinearConv", "MatMulIntegerToFloat"} <= kinds
