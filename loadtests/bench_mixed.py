@@ -84,10 +84,12 @@ def main() -> None:
             arrivals(options.requests, load * rows_per_s / MEAN_ROWS, seed)
             for seed in options.seeds
         ]
-        results = {
-            name: Summary.mean([play(model, trace, name) for trace in traces])
-            for name in policies(engine.times, [])
-        }
+        # Policies take turns, so that a machine that gets busy is so for all of them.
+        runs: dict[str, list[Summary]] = {name: [] for name in policies(engine.times, [])}
+        for trace in traces:
+            for name, summaries in runs.items():
+                summaries.append(play(model, trace, name))
+        results = {name: Summary.mean(summaries) for name, summaries in runs.items()}
         for name, summary in results.items():
             table.add_row(f"{load:g}", name, *summary.cells(results["whole requests"]))
         table.add_section()

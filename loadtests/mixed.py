@@ -97,7 +97,8 @@ class PipelineCalls(WholeRequests):
         if not ready:
             return ready
         oldest = min(ready, key=lambda item: (item.admitted_at_s, item.id))
-        return [item for item in ready if self._kinds[item.id] == self._kinds[oldest.id]]
+        kind = self._kinds.get(oldest.id)  # None for one that is not of the trace: a warm-up
+        return [item for item in ready if self._kinds.get(item.id) == kind]
 
 
 def policies(times: StepTimes, trace: Sequence[Arrival]) -> dict[str, TickPolicy]:

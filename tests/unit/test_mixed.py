@@ -88,6 +88,13 @@ def test_a_pipeline_call_holds_one_kind() -> None:
     assert max(len(batch.ids) for batch in watched.batches) > 1
 
 
+def test_a_warm_up_request_that_is_not_of_the_trace_is_served_too() -> None:
+    times = times_of(FLAT)
+    trace = arrivals(1, 1.0, seed=3)
+    latency_s, _ = play(trace, PipelineCalls(times, {}), times)
+    assert set(latency_s) == {trace[0].id}
+
+
 def test_the_mean_work_is_that_of_the_traces() -> None:
     trace = arrivals(4000, 1.0, seed=0)
     rows = sum(arrival.rows * arrival.request.steps for arrival in trace) / len(trace)
