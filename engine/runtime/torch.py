@@ -119,11 +119,12 @@ class TorchRuntime(Runtime):
 
 
 class _Crew:
-    """One thread that runs every graph, so that the process has one team of OpenMP threads.
+    """One thread that runs every graph, so that graphs share one team of OpenMP threads.
 
     OpenMP keeps a team for each thread that ever ran a parallel loop. With two such threads (the
     step loop, and whoever encodes prompts) two teams of N share N cores; they then sleep instead
-    of spin between loops, and a small UNet has thousands of these.
+    of spin between loops, and a small UNet has thousands of these. Whatever else uses torch in the
+    process still brings a team of its own: on CPUs this backend is best given one thread.
     """
 
     def __init__(self, threads: int) -> None:

@@ -162,7 +162,7 @@ def test_full_for_everybody(rig: Rig, server: RedisServer) -> None:
             client.set("one more", b"x" * 1000)
         others = len(cast(list[bytes], client.keys("others:*")))
         assert rig.draw() is ReuseOutcome.HIT
-        held = rig.counts.states
+        before = rig.counts
         for number in range(8):
             rig.draw(f"{number} quite another prompt {number}")
         rig.draw()
@@ -171,7 +171,9 @@ def test_full_for_everybody(rig: Rig, server: RedisServer) -> None:
         assert statistics.outcomes.get(ReuseOutcome.FAILED, 0) == 0
         assert len(cast(list[bytes], client.keys("others:*"))) == others
         rig.cache.sync()
-        assert rig.counts.states <= held
+        # How many states fit depends on what Redis' own buffers take at the moment.
+        paid = rig.counts.evicted + rig.counts.refused - before.evicted - before.refused
+        assert paid >= 1
         client.config_set("maxmemory", 0)
     rig.draw_until(ReuseOutcome.HIT)
 
