@@ -182,6 +182,17 @@ def operator_of(request: Request) -> Tenant:
     return tenant
 
 
+def observer_of(request: Request) -> Tenant:
+    """FastAPI dependency for what may be read and changes nothing: an operator, or anybody where no
+    key is needed, so that a scraper in a trusted network needs none either.
+
+    Raises:
+        UnauthenticatedError, ForbiddenError: as :func:`operator_of`.
+    """
+    tenant = tenant_of(request)
+    return tenant if tenant.id == ANONYMOUS else operator_of(request)
+
+
 def caller_of(scope: Mapping[str, Any]) -> Caller:
     """What the door found out about the request; nobody passes a door that is not there."""
     found = scope.get(SCOPE_KEY)

@@ -8,7 +8,7 @@ import socket
 from fastapi import APIRouter, Depends, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from server.auth import operator_of
+from server.auth import observer_of
 from server.schemas.base import responses
 from server.services import Services
 
@@ -30,7 +30,7 @@ def routes(services: Services) -> APIRouter:
             },
             **responses(401, 403),
         },
-        dependencies=[Depends(operator_of)],
+        dependencies=[Depends(observer_of)],
     )
     async def metrics() -> Response:
         """This gateway's metrics, and those of every router and worker that answers in time.

@@ -134,6 +134,15 @@ def test_metrics_are_the_operators() -> None:
     assert client_of(config=LOCKED, key=OPERATOR.key).get("/metrics").status_code == 200
 
 
+def test_without_keys_metrics_are_anybodys_and_nothing_else_of_operators_is() -> None:
+    """A container that listens beyond loopback, in a network that is trusted."""
+    config = ServeConfig.model_validate({"http": {"host": "0.0.0.0"}, "auth": {"enabled": False}})
+    client = client_of(config=config)
+
+    assert client.get("/metrics").status_code == 200
+    assert client.put("/v1/admin/log-level", json={"level": "debug"}).status_code == 403
+
+
 def test_a_priority_above_the_tenants_is_refused() -> None:
     dispatcher = ScriptedDispatcher()
     client = client_of(dispatcher, LOCKED, key=USER.key)
