@@ -204,12 +204,16 @@ def _follow(response: Response, planned: Planned, outcome: Outcome, began_s: flo
             elapsed_s = time.perf_counter() - began_s
             if planned.give_up_after_s is not None and elapsed_s > planned.give_up_after_s:
                 raise GivenUpError
-            if outcome.first_preview_s is None and ("partial" in name or "preview" in name):
+            if outcome.first_preview_s is None and ("partial" in name or "preview_b64" in data):
                 outcome.first_preview_s = elapsed_s
-            if "error" in name or "failed" in name:
-                outcome.outcome = str((data.get("error") or {}).get("code", "failed"))
+            # A job's last event is `done` however it ended, with the error that ended it.
+            if error := data.get("error"):
+                outcome.outcome = str(error["code"])
                 finished = True
-            if "completed" in name or name == "done":
+            elif name == "done" and data["status"] != "succeeded":
+                outcome.outcome = str(data["status"])
+                finished = True
+            elif name == "picture" or name.endswith(".completed"):
                 _read_timings(data, outcome)
                 finished = True
     finally:
