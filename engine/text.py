@@ -188,9 +188,9 @@ class _Encoder:
         self._states = {output.source for output in spec.segment.outputs}
 
     def encode(self, prompt: str, conditioning: str, clip_skip: int) -> _Encoded:
-        state = f"hidden.-{clip_skip + 2}" if conditioning == "sdxl" else f"normed.-{clip_skip + 1}"
+        state = _state_name(conditioning, clip_skip)
         if state not in self._states:
-            most = sum(name.startswith("normed.") for name in self._states) - 1
+            most = max_clip_skip(self._segment)
             raise InvalidRequestError(
                 f"clip_skip is {clip_skip}; {self._segment.name} allows 0 to {most}",
                 field="clip_skip",
@@ -206,6 +206,16 @@ class _Encoder:
         if not bool(torch.isfinite(hidden).all() & torch.isfinite(pooled).all()):
             raise ExecutionError(f"{self._segment.name}: gave NaN or infinite values for a prompt")
         return _Encoded(hidden, pooled, dropped)
+
+
+def max_clip_skip(segment: SegmentSpec) -> int:
+    """The largest ``clip_skip`` for which a text encoder's graph gives a state."""
+    layers = sum(output.source.startswith("normed.") for output in segment.outputs)
+    return layers - 1  # of SDXL, which begins a layer earlier, that is the token embeddings
+
+
+def _state_name(conditioning: str, clip_skip: int) -> str:
+    return f"hidden.-{clip_skip + 2}" if conditioning == "sdxl" else f"normed.-{clip_skip + 1}"
 
 
 def _output_name(segment: SegmentSpec, source: str) -> str:

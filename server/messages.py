@@ -146,6 +146,8 @@ class ModelInfo:
     created_s: int
     """Unix time of the plan."""
     inpainting_only: bool = False
+    max_clip_skip: int = 0
+    """Layers that every text encoder can do without."""
 
     def rows(self, request: GenerateRequest) -> int:
         """UNet rows that ``request`` costs, an upper bound: two a step with guidance."""

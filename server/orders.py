@@ -102,7 +102,7 @@ def order_of(
 
     Raises:
         InvalidRequestError, LimitExceededError: a value outside its bounds.
-        UnprocessableError: a size off the model's grid, transparency.
+        UnprocessableError: a size off the model's grid, transparency, or what this model cannot.
         ForbiddenError: a priority above the tenant's.
     """
     limits = services.config.limits
@@ -111,6 +111,7 @@ def order_of(
         raise UnprocessableError(
             "pictures have no transparency; background must be auto or opaque", field="background"
         )
+    _check_model(body, model)
     first_seed = secrets.randbits(_SEED_BITS) if body.seed is None else body.seed
     count = body.n or 1
     _bound("n", count, limits.max_pictures)
@@ -147,6 +148,20 @@ def _check_tenant(body: DrawBody, tenant: Tenant) -> None:
         )
 
 
+def _check_model(body: DrawBody, model: ModelInfo) -> None:
+    if body.clip_skip > model.max_clip_skip:
+        raise UnprocessableError(
+            f"clip_skip is {body.clip_skip}; {model.id} allows 0 to {model.max_clip_skip}",
+            field="clip_skip",
+        )
+    if body.guidance_rescale and not model.guidable:
+        raise UnprocessableError(
+            f"guidance_rescale is {body.guidance_rescale:g}; {model.id} has guidance built in and"
+            " allows 0",
+            field="guidance_rescale",
+        )
+
+
 def _bound(name: str, value: int, limit: int) -> None:
     if value > limit:
         raise LimitExceededError(
@@ -174,6 +189,8 @@ def _request(
         timesteps=body.timesteps,
         guidance=body.guidance,
         guidance_interval=body.guidance_interval or (0.0, 1.0),
+        guidance_rescale=body.guidance_rescale,
+        clip_skip=body.clip_skip,
         eta=body.eta,
         seed=seed,
         image=None if inputs is None else inputs.image,

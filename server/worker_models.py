@@ -15,6 +15,7 @@ from engine.errors import InvalidRequestError
 from engine.model import Model
 from engine.runtime import Runtime, open_runtime
 from engine.solvers import from_scheduler_config
+from engine.text import max_clip_skip
 from server.config import ModelConfig, ServeConfig
 from server.messages import ModelInfo
 from server.settings import Settings
@@ -109,6 +110,7 @@ def describe(model: ModelConfig, plan: Plan) -> ModelInfo:
         plan_digest=plan.digest,
         created_s=int((plan.folder / MANIFEST).stat().st_mtime),
         inpainting_only=spec.in_channels == 2 * spec.latent.channels + 1,
+        max_clip_skip=min(max_clip_skip(text.segment) for text in plan.manifest.text_encoders),
     )
 
 

@@ -33,6 +33,7 @@ def reply_of(model: ModelInfo, *, aliases: Sequence[str], default: bool) -> Mode
             precision=model.precision,
             backend=model.backend,
             plan_digest=model.plan_digest,
+            max_clip_skip=model.max_clip_skip,
             inpainting_only=model.inpainting_only,
             default=default,
         ),

@@ -112,7 +112,9 @@ class _Desk:
         reply = DrawReply(
             images=encoded(pictures) if body.send_images is not False else [],
             parameters=parameters_echo(body),
-            info=info_text(body, pictures, interrupted=draw.interrupted),
+            info=info_text(
+                body, pictures, clip_stop_at=inner.clip_skip + 1, interrupted=draw.interrupted
+            ),
         )
         return Response(
             reply.model_dump_json(),

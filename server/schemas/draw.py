@@ -11,6 +11,8 @@ from server.messages import Drawn, PictureFormat
 from server.schemas.base import Body, Reply, ScheduleName, Seed, SolverName, TimingsReply
 
 Quality = Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"]
+MAX_CLIP_SKIP = 64
+"""More layers than any text encoder has; the model's own bound is lower."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -77,6 +79,12 @@ class DrawBody(Body):
     """Classifier-free guidance scale; 1 or less turns guidance off and halves the work."""
     guidance_interval: tuple[Fraction, Fraction] | None = None
     """The part of the steps, as two fractions, in which guidance acts; all by default."""
+    guidance_rescale: Fraction = 0.0
+    """The part by which a guided prediction gets back the spread that it had unguided, against
+    overexposure at high guidance; without effect where guidance is off. 0.7 is usual."""
+    clip_skip: Annotated[int, Field(ge=0, le=MAX_CLIP_SKIP)] = 0
+    """Last layers of the text encoders to leave out for the prompt, as in Diffusers: 0 leaves out
+    none. Automatic1111's number is one more. `max_clip_skip` of the model bounds it."""
     eta: Fraction | None = None
     """Share of fresh noise of the solvers that have it (ddim, tcd)."""
     seed: Annotated[Seed | None, Field(examples=[7])] = None

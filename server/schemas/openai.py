@@ -107,6 +107,8 @@ class ModelDetails(Reply):
     precision: str
     backend: str
     plan_digest: str
+    max_clip_skip: int
+    """The largest `clip_skip` that leaves the text encoders a layer."""
     inpainting_only: bool
     default: bool
     """Whether requests that name no model get this one."""

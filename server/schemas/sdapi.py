@@ -54,8 +54,9 @@ class DrawSettings(Lenient):
     send_images: bool | None = True
     """False leaves the pictures out of the reply."""
     override_settings: dict[str, Any] | None = None
-    """`sd_model_checkpoint` chooses the model and `samples_format` the file format (png, jpg,
-    webp); all others are accepted without effect."""
+    """`sd_model_checkpoint` chooses the model, `samples_format` the file format (png, jpg, webp),
+    and `CLIP_stop_at_last_layers` the layer of the text encoder that is taken: 1 is the last, and
+    SDXL models ignore it, as in the original. All others are accepted without effect."""
 
     # ---- refused where they would change the picture
     styles: Annotated[list[str] | None, Field(max_length=64)] = None

@@ -45,7 +45,9 @@ _REFUSED = (
     "alwayson_scripts",
     "enable_hr",
 )
+CLIP_STOP = "CLIP_stop_at_last_layers"
 _DEFAULT_STEPS = 20
+_MAX_CLIP_STOP = 12
 
 
 def schedules() -> dict[str, str]:
@@ -62,12 +64,14 @@ def draw_body(settings: DrawSettings, model: ModelInfo) -> DrawBody:
 
     Raises:
         InvalidRequestError: an unknown sampler, scheduler or format, or a value out of bounds.
-        UnprocessableError: a feature that would change the picture and is not served.
+        UnprocessableError: a feature that would change the picture and is not served, or more clip
+            skip than the model has layers.
     """
     for name in _REFUSED:
         if getattr(settings, name, None):
             raise UnprocessableError(f"{name} is not served; leave it out", field=name)
     solver, schedule = solver_of(settings)
+    clip_stop_at = clip_stop_of(settings, model)
     fields: dict[str, Any] = {
         "prompt": settings.prompt,
         "negative_prompt": settings.negative_prompt or "",
@@ -77,6 +81,7 @@ def draw_body(settings: DrawSettings, model: ModelInfo) -> DrawBody:
         "schedule": schedule,
         "steps": settings.steps or _DEFAULT_STEPS,
         "guidance": settings.cfg_scale,
+        "clip_skip": clip_stop_at - 1,
         "eta": settings.eta if solver in ("ddim", "tcd") else None,
         "output_format": _format_of(settings),
         "size": size_text(settings, model),
@@ -140,6 +145,35 @@ def solver_of(settings: DrawSettings) -> tuple[str | None, str | None]:
     return _SOLVERS[asked], schedule
 
 
+def clip_stop_of(settings: DrawSettings, model: ModelInfo) -> int:
+    """Clip skip in this interface's count: 1 stops at the last layer, 2 at the one before.
+
+    Always 1 for SDXL: the original takes its penultimate states whatever the setting says, and its
+    users leave the setting of another model in place.
+
+    Raises:
+        InvalidRequestError: not 1 to 12, which is what the original takes.
+        UnprocessableError: the model has fewer layers.
+    """
+    asked = (settings.override_settings or {}).get(CLIP_STOP, 1)
+    number = isinstance(asked, int | float) and not isinstance(asked, bool)
+    # Sliders of some clients send 2.0; infinity has no int.
+    if not (number and 1 <= asked <= _MAX_CLIP_STOP and asked == int(asked)):
+        raise InvalidRequestError(
+            f"override_settings.{CLIP_STOP} must be a whole number from 1 to {_MAX_CLIP_STOP}",
+            field="override_settings",
+        )
+    if model.family == "sdxl":
+        return 1
+    if asked > model.max_clip_skip + 1:
+        raise UnprocessableError(
+            f"override_settings.{CLIP_STOP} is {asked}; {model.id} allows 1 to"
+            f" {model.max_clip_skip + 1}",
+            field="override_settings",
+        )
+    return int(asked)
+
+
 def _format_of(settings: DrawSettings) -> str:
     asked = (settings.override_settings or {}).get("samples_format", "png")
     if asked not in _FORMATS:
@@ -201,7 +235,9 @@ def _resized(picture: Pillow.Image, size: Size, *, crop: bool) -> Pillow.Image:
 # ------------------------------------------------------------------------------------- replies
 
 
-def info_text(settings: DrawSettings, pictures: Sequence[Drawn], *, interrupted: bool) -> str:
+def info_text(
+    settings: DrawSettings, pictures: Sequence[Drawn], *, clip_stop_at: int, interrupted: bool
+) -> str:
     """The JSON text that clients read seeds and parameters from."""
     first = pictures[0] if pictures else None
     seeds = [picture.seed for picture in pictures]
@@ -233,10 +269,10 @@ def info_text(settings: DrawSettings, pictures: Sequence[Drawn], *, interrupted:
             "denoising_strength": getattr(settings, "denoising_strength", None),
             "extra_generation_params": {},
             "index_of_first_image": 0,
-            "infotexts": [_infotext(settings, picture) for picture in pictures],
+            "infotexts": [_infotext(settings, picture, clip_stop_at) for picture in pictures],
             "styles": [],
             "job_timestamp": time.strftime("%Y%m%d%H%M%S"),
-            "clip_skip": 1,
+            "clip_skip": clip_stop_at,
             "is_using_inpainting_conditioning": False,
             "version": VERSION,
             "interrupted": interrupted,
@@ -257,7 +293,7 @@ def encoded(pictures: Sequence[Drawn]) -> list[str]:
     return [base64.b64encode(picture.data).decode() for picture in pictures]
 
 
-def _infotext(settings: DrawSettings, picture: Drawn) -> str:
+def _infotext(settings: DrawSettings, picture: Drawn, clip_stop_at: int) -> str:
     values = {
         "Steps": str(picture.steps),
         "Sampler": SAMPLERS.get(picture.solver, picture.solver),
@@ -267,6 +303,7 @@ def _infotext(settings: DrawSettings, picture: Drawn) -> str:
         "Size": f"{picture.width_px}x{picture.height_px}",
         "Model hash": picture.plan_digest[:10],
         "Model": picture.model,
+        **({"Clip skip": str(clip_stop_at)} if clip_stop_at > 1 else {}),
         "Version": VERSION,
     }
     return format_parameters(Parameters(settings.prompt, settings.negative_prompt or "", values))

@@ -272,8 +272,14 @@ def test_guidance_acts_in_the_same_part_of_the_schedule_after_a_hit(
 
 @pytest.mark.parametrize(
     "other",
-    [{"negative_prompt": "blurry"}, {"guidance": 9.0}, {"width_px": 64}],
-    ids=["negative prompt", "guidance", "size"],
+    [
+        {"negative_prompt": "blurry"},
+        {"guidance": 9.0},
+        {"width_px": 64},
+        {"clip_skip": 1},
+        {"guidance_rescale": 0.7},
+    ],
+    ids=["negative prompt", "guidance", "size", "clip skip", "rescale"],
 )
 def test_requests_that_differ_in_their_key_do_not_meet(
     make_engine: MakeEngine, other: dict[str, object]
@@ -308,7 +314,16 @@ def test_exact_gives_the_identical_picture_without_a_step(make_engine: MakeEngin
     assert again.reuse is not None
     assert (again.reuse.outcome, again.reuse.steps_skipped) == (ReuseOutcome.HIT, 8)
     assert again.approximations == {}
-    for change in ({"seed": 6}, {"steps": 9}, {"guidance": 4.5}, {"prompt": "a dog."}):
+    changes: list[dict[str, object]] = [
+        {"seed": 6},
+        {"steps": 9},
+        {"guidance": 4.5},
+        {"prompt": "a dog."},
+        {"clip_skip": 1},
+        {"guidance_rescale": 0.7},
+        {"guidance_rescale": 0.7000001},
+    ]
+    for change in changes:
         other = draw(engine, replace(asked, **change)).reuse
         assert other is not None
         assert other.outcome is ReuseOutcome.MISS

@@ -7,6 +7,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from engine.denoiser import Denoiser
 from engine.errors import DeadlineExceededError, OutOfMemoryError
+from engine.png import read_parameters
 from server.content_check import CheckedPicture
 from server.errors import ContentRefusedError
 from server.messages import Checkpointed, Drawn, Failed, PictureTask, Started, Stepped
@@ -87,6 +89,24 @@ def test_another_worker_finishes_the_same_picture(opened: Open) -> None:
         assert picture.worker == "second"
         steps = [event.step for event in resumed if isinstance(event, Stepped)]
         assert steps == list(range(snapshot.step + 1, 13))
+
+
+def test_a_file_names_the_layer_and_the_rescale_that_drew_it(opened: Open) -> None:
+    worker = opened()
+    [info] = worker.models.infos
+    assert info.max_clip_skip == 1  # its text encoder has two layers
+    asked = {"guidance": 3.0, "steps": 3}
+    files = {}
+    for clip_skip, rescale in ((0, 0.0), (1, 0.0), (0, 0.7), (1, 0.7)):
+        task = a_task(clip_skip=clip_skip, guidance_rescale=rescale, **asked)
+        [events] = draw(worker, task)
+        picture = picture_of(events)
+        written = read_parameters(BytesIO(picture.data))
+        assert written is not None
+        assert written.settings.get("Clip skip") == ("2" if clip_skip else None)
+        assert written.settings.get("Guidance rescale") == ("0.7" if rescale else None)
+        files[clip_skip, rescale] = pixels(picture.data).tobytes()
+    assert len(set(files.values())) == 4
 
 
 def test_a_snapshot_keeps_a_seed_that_the_worker_drew(opened: Open) -> None:

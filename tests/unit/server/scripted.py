@@ -44,6 +44,7 @@ MODEL = ModelInfo(
     backend="onnxruntime",
     plan_digest="d" * 64,
     created_s=1_700_000_000,
+    max_clip_skip=3,
 )
 TIMINGS = Timings(queue_s=0.001, encode_s=0.002, denoise_s=0.3, decode_s=0.04)
 

@@ -113,6 +113,18 @@ async def test_a_job_from_its_making_to_its_pictures() -> None:
             assert linked.headers["content-type"] == "image/png"
 
 
+async def test_a_job_draws_with_all_that_it_asked_for() -> None:
+    """What a request says is packed and unpacked on its way to the engine."""
+    async with serving() as server:
+        asked = {"clip_skip": 2, "guidance_rescale": 0.7, "guidance_interval": [0.1, 0.9]}
+        await server.ended((await server.make(**asked))["id"])
+        [task] = server.dispatcher.tasks
+        assert (task.request.clip_skip, task.request.guidance_rescale) == (2, 0.7)
+        assert task.request.guidance_interval == (0.1, 0.9)
+        refused = await server.make(status=422, clip_skip=9)
+        assert refused["error"]["param"] == "clip_skip"
+
+
 async def test_location_names_the_job() -> None:
     async with serving() as server:
         reply = await server.client.post("/v1/jobs", json={"prompt": "x"})

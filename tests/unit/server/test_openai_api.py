@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from engine.errors import (
 from engine.types import MAX_SEED
 from server.config import LimitsConfig, ModelConfig, ServeConfig
 from server.gateway import create_app
-from tests.unit.server.scripted import ScriptedDispatcher, picture_file, services_of
+from tests.unit.server.scripted import MODEL, ScriptedDispatcher, picture_file, services_of
 
 CONFIG = ServeConfig(
     models=(ModelConfig(id="tintype", aliases=("gpt-image-1",)),),
@@ -129,6 +130,26 @@ def test_output_formats(
     assert (output.format, output.quality, output.metadata) == (format, 1, False)
 
 
+def test_the_text_encoders_layer_and_the_rescale_reach_the_engine(
+    client: TestClient, dispatcher: ScriptedDispatcher
+) -> None:
+    assert generate(client, clip_skip=3, guidance_rescale=0.7).status_code == 200
+    assert generate(client).status_code == 200
+    form = {"clip_skip": "2", "guidance_rescale": "1"}
+    assert edit(client, **form).status_code == 200
+    asked = [(task.request.clip_skip, task.request.guidance_rescale) for task in dispatcher.tasks]
+    assert asked == [(3, 0.7), (0, 0.0), (2, 1.0)]
+
+
+def test_a_model_with_guidance_built_in_has_none_to_rescale(
+    client: TestClient, dispatcher: ScriptedDispatcher
+) -> None:
+    dispatcher.added.append(replace(MODEL, id="distilled", guidable=False))
+    refused = error_of(generate(client, model="distilled", guidance_rescale=0.5), 422)
+    assert refused["param"] == "guidance_rescale"
+    assert generate(client, model="distilled").status_code == 200
+
+
 def test_every_field_of_openai_is_taken(client: TestClient) -> None:
     reply = generate(
         client,
@@ -175,6 +196,11 @@ def test_links_work_without_a_key_until_they_expire(client: TestClient) -> None:
         ({"prompt": "umbrella" * 1000}, 400, "prompt", "at most 4000"),
         ({"model": "other"}, 404, "model", "gpt-image-1, tintype"),
         ({"guidance_interval": [0.9, 0.1]}, 400, "guidance_interval", "low <= high"),
+        ({"guidance_rescale": 1.01}, 400, "guidance_rescale", "less than or equal to 1"),
+        ({"guidance_rescale": -0.1}, 400, "guidance_rescale", "greater than or equal to 0"),
+        ({"clip_skip": -1}, 400, "clip_skip", "greater than or equal to 0"),
+        ({"clip_skip": 1.5}, 400, "clip_skip", "integer"),
+        ({"clip_skip": 4}, 422, "clip_skip", "tintype allows 0 to 3"),
         ({"cache": {"mode": "off", "x": 1}}, 400, "cache.x", "unknown field"),
     ],
 )

@@ -7,6 +7,7 @@ import base64
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -19,7 +20,8 @@ from engine.png import SAMPLERS, Parameters, encode_image
 from engine.solvers import SCHEDULES, SOLVERS
 from server.config import ModelConfig, ServeConfig
 from server.gateway import create_app
-from tests.unit.server.scripted import ScriptedDispatcher, picture_file, services_of
+from server.sdapi.translate import CLIP_STOP
+from tests.unit.server.scripted import MODEL, ScriptedDispatcher, picture_file, services_of
 
 API = "/sdapi/v1"
 CONFIG = ServeConfig(models=(ModelConfig(id="tintype", aliases=("sd",)),))
@@ -103,11 +105,14 @@ def test_what_clients_send_by_default_is_taken(
     request = dispatcher.tasks[0].request
     assert (request.solver, request.steps, request.guidance) == ("euler_ancestral", 12, 7.0)
     assert request.negative_prompt == "blurry"
+    assert request.clip_skip == 1  # 2 there: the layer before the last
     assert request.eta is None  # an ancestral sampler's eta is 1 here as there
     info = json.loads(reply.json()["info"])
     assert info["all_seeds"] == [request.seed]
     assert info["sampler_name"] == "Euler a"
     assert "Negative prompt: blurry" in info["infotexts"][0]
+    assert info["clip_skip"] == 2
+    assert "Clip skip: 2" in info["infotexts"][0]
     assert reply.json()["parameters"]["steps"] == 12
     assert reply.headers["x-darkroom-denoise-ms"] == "300.00"
 
@@ -118,6 +123,33 @@ def test_an_empty_request_draws_with_the_checkpoints_defaults(
     assert client.post(f"{API}/txt2img", json={}).status_code == 200
     request = dispatcher.tasks[0].request
     assert (request.solver, request.guidance, request.width_px) == (None, None, None)
+
+
+@pytest.mark.parametrize(("stop_at", "skipped"), [(1, 0), (2, 1), (2.0, 1), (4, 3)])
+def test_clip_skip_counts_from_one_there(
+    client: TestClient, dispatcher: ScriptedDispatcher, stop_at: float, skipped: int
+) -> None:
+    reply = txt2img(client, override_settings={CLIP_STOP: stop_at})
+    assert reply.status_code == 200, reply.text
+    assert dispatcher.tasks[0].request.clip_skip == skipped
+    info = json.loads(reply.json()["info"])
+    assert info["clip_skip"] == stop_at
+    assert ("Clip skip" in info["infotexts"][0]) == (skipped > 0)
+
+
+def test_sdxl_has_its_own_layer_whatever_the_setting_says(
+    client: TestClient, dispatcher: ScriptedDispatcher
+) -> None:
+    dispatcher.added.append(replace(MODEL, id="xl", family="sdxl"))
+    chosen = {"sd_model_checkpoint": "xl", CLIP_STOP: 12}
+    assert txt2img(client, override_settings=chosen).status_code == 200
+    assert dispatcher.tasks[0].request.clip_skip == 0
+
+
+def test_infinity_is_no_layer(client: TestClient) -> None:
+    body = f'{{"override_settings": {{"{CLIP_STOP}": 1e999}}}}'
+    headers = {"content-type": "application/json"}
+    assert client.post(f"{API}/txt2img", content=body, headers=headers).status_code == 400
 
 
 def test_batches_count_seeds_up(client: TestClient, dispatcher: ScriptedDispatcher) -> None:
@@ -180,6 +212,11 @@ def test_every_sampler_and_scheduler_that_is_listed_is_taken(
         ({"override_settings": {"sd_model_checkpoint": "none"}}, 404, "model", "sd, tintype"),
         ({"override_settings": {"sd_model_checkpoint": 5}}, 400, "override_settings", "text"),
         ({"override_settings": {"samples_format": "gif"}}, 400, "override_settings", "png"),
+        ({"override_settings": {CLIP_STOP: 0}}, 400, "override_settings", "from 1 to 12"),
+        ({"override_settings": {CLIP_STOP: 1.5}}, 400, "override_settings", "whole number"),
+        ({"override_settings": {CLIP_STOP: True}}, 400, "override_settings", "whole number"),
+        ({"override_settings": {CLIP_STOP: "2"}}, 400, "override_settings", "whole number"),
+        ({"override_settings": {CLIP_STOP: 5}}, 422, "override_settings", "tintype allows 1 to 4"),
     ],
 )
 def test_what_would_change_the_picture_and_is_not_served_is_refused(
