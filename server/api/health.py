@@ -1,16 +1,25 @@
-"""``/healthz`` and ``/readyz``: for orchestrators and load balancers; they need no key."""
+"""For orchestrators and load balancers; no key is needed, and no rate counts these requests.
+
+``/healthz`` and ``/readyz``; and ``/-/healthz`` and ``/-/routes``, which Ray Serve's own proxy
+would answer. That proxy is off here, but KubeRay's readiness probe and operator ask the serve port
+for them all the same.
+"""
 
 from __future__ import annotations
 
-from fastapi import APIRouter
-from fastapi.responses import JSONResponse
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
 
 from server.schemas.health import AliveReply, ReadyReply
 from server.services import Services
 
+APPLICATION = "darkroom"
+"""The name of the application in Ray Serve; it is mounted at ``/``."""
+_DRAINING = "This node is being drained."  # as Serve's proxy says it
+
 
 def routes(services: Services) -> APIRouter:
-    """The two routes."""
+    """The four routes; those of Serve's proxy are not part of the documented interface."""
     router = APIRouter(tags=["health"])
 
     @router.get("/healthz", summary="Is the gateway alive")
@@ -38,5 +47,19 @@ def routes(services: Services) -> APIRouter:
         if not reply.ready:
             return JSONResponse(reply.model_dump(), 503)  # type: ignore[return-value]
         return reply
+
+    @router.get("/-/healthz", include_in_schema=False)
+    async def serve_health() -> Response:
+        """`success`; while draining 503, so that KubeRay takes the pod out of its Service."""
+        if (await services.dispatcher.readiness()).draining:
+            return PlainTextResponse(_DRAINING, 503)
+        return PlainTextResponse("success")
+
+    @router.get("/-/routes", include_in_schema=False)
+    async def serve_routes() -> Response:
+        """The route prefix of the one application, by its name in Serve."""
+        if (await services.dispatcher.readiness()).draining:
+            return PlainTextResponse(_DRAINING, 503)
+        return JSONResponse({"/": APPLICATION})
 
     return router

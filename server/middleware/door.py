@@ -12,6 +12,8 @@ from server.rate_limit import RateLimiter
 from server.request_log import record_of
 
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+_PROBES = frozenset({"/healthz", "/readyz", "/-/healthz", "/-/routes"})
+"""A probe that is refused takes a healthy server out of service: no rate counts these."""
 
 
 class Door:
@@ -37,7 +39,8 @@ class Door:
         if isinstance(found, Caller):
             record_of(scope).tenant = found.tenant.id
             try:
-                self._limiter.take(found.key_id, found.tenant.requests_per_minute)
+                if scope["path"] not in _PROBES:
+                    self._limiter.take(found.key_id, found.tenant.requests_per_minute)
             except RateLimitedError as error:
                 await refuse(scope, receive, send, error)
                 return
