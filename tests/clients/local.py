@@ -16,7 +16,7 @@ from server.services import open_services
 from server.settings import Settings
 from server.worker_core import WorkerCore
 
-START_TIMEOUT_S = 300.0
+START_TIMEOUT_S = 900.0  # the first to start compiles the model, on a machine that may be busy
 STOP_TIMEOUT_S = 60.0
 
 
