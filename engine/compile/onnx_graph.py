@@ -28,7 +28,7 @@ from torch.fx.experimental import _config as config
 from engine.compile.export import GraphSource
 from engine.compile.lowrank import MARKER, Site, marking
 from engine.compile.manifest import TensorSpec, scale_of
-from engine.errors import PlanError
+from engine.errors import PlanError, UnsupportedError
 
 OPSET = 20
 _INLINE_BYTES = 1024
@@ -44,6 +44,7 @@ def write_graphs(source: GraphSource, path: Path, *, plain_factors: bool = False
 
     Raises:
         PlanError: the module cannot be traced, or the result is no valid ONNX.
+        UnsupportedError: it has attention of a kind that is not exported.
     """
     model = _trace(source, plain=plain_factors)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,6 +78,7 @@ def _trace(source: GraphSource, *, plain: bool) -> ir.Model:
                 tuple(source.examples[name] for name in names),
                 dynamic_shapes=(tuple(dims.of(spec.shape) for spec in source.inputs),),
             )
+            _refuse_attention(source.name, program)
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -138,6 +140,8 @@ class _Dimensions:
 
 
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
+_NO_GRAPH = ("dropout_p", "is_causal", "enable_gqa")
+"""Its arguments that no graph of ours can have set."""
 
 
 def _attention(  # the exporter calls it as the operator, and translates its ``op`` calls
@@ -145,19 +149,37 @@ def _attention(  # the exporter calls it as the operator, and translates its ``o
     key: Any,
     value: Any,
     attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
+    dropout_p: float = 0.0,  # noqa: ARG001 - this and the others without use: `_refuse_attention`
+    is_causal: bool = False,  # noqa: ARG001
     scale: float | None = None,
-    enable_gqa: bool = False,
+    enable_gqa: bool = False,  # noqa: ARG001
 ) -> Any:
     """Attention without the exporter's run-time shape arithmetic: 3 % of a small UNet's time."""
-    if dropout_p or is_causal or enable_gqa:
-        raise NotImplementedError("dropout, causal flag and grouped queries")
     factor = op.CastLike(scale or 1 / math.sqrt(query.shape[3]), query)
     scores = op.MatMul(op.Mul(query, factor), op.Transpose(key, perm=[0, 1, 3, 2]))
     if attn_mask is not None:
         scores = op.Add(scores, attn_mask)
     return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+
+def _refuse_attention(name: str, program: torch.export.ExportedProgram) -> None:
+    """Refuse what :func:`_attention` cannot write; inside the exporter it would be lost in others.
+
+    Raises:
+        UnsupportedError: naming the arguments, and what is served in their place.
+    """
+    for node in program.graph.nodes:
+        if node.target is not _SDPA:
+            continue
+        names = (argument.name for argument in _SDPA._schema.arguments)
+        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        if refused := [
+            f"{argument}={given[argument]}" for argument in _NO_GRAPH if given.get(argument)
+        ]:
+            raise UnsupportedError(
+                f"{name}: attention with {', '.join(refused)} cannot be exported; allowed: no"
+                " dropout, as many key heads as query heads, and a mask in place of is_causal"
+            )
 
 
 def _sizes_of_one() -> AbstractContextManager[None]:
