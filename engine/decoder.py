@@ -13,6 +13,7 @@ import torch
 
 from engine.errors import ClosedError, DarkroomError, ExecutionError
 from engine.ports import Clock, SystemClock
+from engine.threads import compute_alone
 from engine.types import Image
 
 _log = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ class DecodeThread:
             self._thread.join()
 
     def _run(self) -> None:
+        compute_alone()
         while True:
             with self._wake:
                 while not (self._jobs or self._closing):

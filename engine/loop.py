@@ -29,6 +29,7 @@ from engine.lane import Lane, combine_guidance
 from engine.ports import Clock, SystemClock
 from engine.rows import Walk, run_rows
 from engine.scheduler import Batch, Ready, TickPolicy
+from engine.threads import compute_alone
 from engine.trajectory import LaneKey, Trajectory
 from engine.types import Image, Snapshot, SnapshotGrade, StepEvent
 
@@ -274,6 +275,7 @@ class StepLoop:
     # ------------------------------------------------------------------ on the loop's thread
 
     def _run(self) -> None:
+        compute_alone()
         while True:
             with self._wake:
                 while not (self._inbox or self._live or self._closing):
