@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,6 +20,15 @@ from engine.types import Snapshot, SnapshotGrade
 
 _FIRST_CAPACITY = 4
 _FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Gathered:
+    """Conditioning of the rows of one tick, in their order; ``key`` says which rows."""
+
+    key: tuple[tuple[int, ...], tuple[int, ...]]
+    context: torch.Tensor
+    added: dict[str, torch.Tensor]
 
 
 class Lane:
@@ -37,6 +47,7 @@ class Lane:
         self._planes = slots + 1
         self._arrays: dict[str, torch.Tensor] = {}
         self._capacity = 0
+        self._gathered: _Gathered | None = None
 
     def __len__(self) -> int:
         return len(self.members)
@@ -70,9 +81,11 @@ class Lane:
                 self._arrays.pop(name, None)
             raise
         self.members[trajectory.id] = (slot, trajectory)
+        self._gathered = None
 
     def leave(self, trajectory_id: str) -> None:
         """Free a member's slot."""
+        self._gathered = None
         slot, _ = self.members.pop(trajectory_id)
         self._free.append(slot)
 
@@ -92,13 +105,24 @@ class Lane:
             dtype=torch.float32,
             device=self._device,
         )
-        added = {
-            name.removeprefix("added."): array[slots[order], kind]
-            for name, array in self._arrays.items()
-            if name.startswith("added.")
-        }
-        context = self._arrays["context"][slots[order], kind]
-        return Rows(sample[order], times[order], context, added, guided)
+        text = self._conditioning(slots[order], kind)
+        return Rows(sample[order], times[order], text.context, text.added, guided)
+
+    def _conditioning(self, slots: torch.Tensor, kind: torch.Tensor) -> _Gathered:
+        """Gathered once for as long as the same rows tick together: it is most of what they read.
+
+        Args:
+            slots, kind: (rows,) whose conditioning, and whether its prompt (0) or negative (1).
+        """
+        key = tuple(slots.tolist()), tuple(kind.tolist())
+        if self._gathered is None or self._gathered.key != key:
+            added = {
+                name.removeprefix("added."): array[slots, kind]
+                for name, array in self._arrays.items()
+                if name.startswith("added.")
+            }
+            self._gathered = _Gathered(key, self._arrays["context"][slots, kind], added)
+        return self._gathered
 
     def advance(self, members: Sequence[Trajectory], out: torch.Tensor) -> None:
         """Move every member one row down its own table: one batched multiply-add.
