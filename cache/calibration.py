@@ -22,7 +22,10 @@ from engine.ports import JumpTable
 Picture: TypeAlias = Any
 """Whatever ``generate`` returns and ``score`` and ``features`` take."""
 
-SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+"""Of the steps; NIRVANA's end at a half."""
+BEYOND_ERROR = 2.0
+"""Standard errors by which fewer steps must keep more to count as better."""
 BINS = (0.55, 0.65, 0.75, 0.85, 0.90, 0.95, 0.999)
 """Lower edges of the bins of similarity; the last one holds repeats of a prompt."""
 
@@ -94,6 +97,11 @@ class Quality:
         """Quality kept by running fewer steps."""
         return self.score_fewer / self.score_full
 
+    @property
+    def beaten(self) -> bool:
+        """Whether as few steps without the cache keep more, beyond the error."""
+        return self.ratio_fewer - self.ratio > BEYOND_ERROR * self.error
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diversity:
@@ -155,6 +163,8 @@ def calibrate(
 def table_of(quality: Sequence[Quality], *, keep: float, most: float) -> JumpTable:
     """The largest jumps that keep ``keep`` of the score in their bin and in every closer one.
 
+    A jump that is beaten by running fewer steps is not worth having, whatever it keeps.
+
     Args:
         most: no jump beyond it.
     """
@@ -164,7 +174,7 @@ def table_of(quality: Sequence[Quality], *, keep: float, most: float) -> JumpTab
         rows = sorted((r for r in quality if r.low == low), key=lambda row: row.share)
         share = 0.0
         for row in rows:  # up to the first jump that costs too much
-            if row.ratio < keep:
+            if row.ratio < keep or row.beaten:
                 break
             share = row.share
         allowed = min(allowed, share)

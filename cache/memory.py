@@ -17,7 +17,7 @@ from cache.embedding import NAME as EMBEDDING_NAME
 from cache.embedding import embed
 from cache.index import EntryIndex, entry_of
 from cache.keys import Namespace, compatibility, namespace_of
-from cache.policy import EvictionPolicy, Facts, Lcbfu
+from cache.policy import DEFAULT_POLICY, EvictionPolicy, Facts, policy_named
 from engine.errors import InvalidRequestError
 from engine.ports import (
     CacheKey,
@@ -76,7 +76,7 @@ class MemoryNoiseCache:
         if limit_bytes < 1:
             raise InvalidRequestError(f"limit_bytes is {limit_bytes}; allowed: 1 or more")
         self._limit_bytes = limit_bytes
-        self._policy = policy or Lcbfu()
+        self._policy = policy or policy_named(DEFAULT_POLICY)
         self._now_s = now_s
         self._spaces: dict[Namespace, _Space] = {}
         self._counters = Counters()

@@ -10,6 +10,11 @@ each half-life; and benefit is per byte. With u uses of s_i steps at times t_i i
 whose order between two states does not depend on t. Its logarithm at t = 0 is therefore a score
 that ages without being rewritten: log2 of benefit + t / half_life, added up in the log domain.
 
+``gdsf`` is the same benefit (uses x steps saved, per byte, a new state counted as used once) aged
+by the clock of evictions instead of the wall's. That clock runs as fast as the cache turns over, so
+that one rule fits every size, where the best half-life goes from minutes to hours: it is the
+default (``python -m loadtests.cache_policies`` compares them).
+
 The Redis script computes the same scores (:mod:`cache.scripts`); one contract test runs on both.
 """
 
@@ -21,6 +26,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from engine.errors import InvalidRequestError
+
+DEFAULT_HALF_LIFE_S = 300.0
+"""Of a use's worth under ``lcbfu``: what loses least over all sizes of the cache."""
+DEFAULT_POLICY = "gdsf"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +142,7 @@ class Lcbfu(EvictionPolicy):
 
     name = "lcbfu"
 
-    def __init__(self, half_life_s: float = 3600.0) -> None:
+    def __init__(self, half_life_s: float = DEFAULT_HALF_LIFE_S) -> None:
         if not 0.0 < half_life_s < math.inf:
             raise InvalidRequestError(f"half_life_s is {half_life_s}; allowed: above 0")
         self.half_life_s = half_life_s
@@ -155,7 +164,7 @@ POLICIES: dict[str, type[EvictionPolicy]] = {
 }
 
 
-def policy_named(name: str, *, half_life_s: float = 3600.0) -> EvictionPolicy:
+def policy_named(name: str, *, half_life_s: float = DEFAULT_HALF_LIFE_S) -> EvictionPolicy:
     """A policy by its name; ``half_life_s`` is for those whose uses age.
 
     Raises:

@@ -13,13 +13,14 @@ from engine.ports import JumpTable, ReuseProfile, StateKind
 FILE_NAME = "noise_cache.json"
 """In a checkpoint's folder."""
 
-FORMAT = 1
+FORMAT = 2
 
 
 def write_profile(path: Path, profile: ReuseProfile, measured: Mapping[str, Any]) -> None:
     """Write a profile, with what was measured for people to read."""
     content = {
         "format": FORMAT,
+        "checkpoint": profile.checkpoint,
         "kind": profile.kind.value,
         "fractions": list(profile.fractions),
         "jumps": [list(step) for step in profile.jumps.steps],
@@ -44,6 +45,7 @@ def read_profile(path: Path) -> ReuseProfile:
             jumps=JumpTable(tuple((float(at), float(share)) for at, share in content["jumps"])),
             kind=StateKind(content["kind"]),
             fractions=tuple(float(share) for share in content["fractions"]),
+            checkpoint=content["checkpoint"],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidRequestError(f"{path} is no noise cache profile: {error}") from error

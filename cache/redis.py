@@ -27,7 +27,7 @@ from cache.embedding import embed
 from cache.inspection import Operator
 from cache.keys import REGISTRY, Namespace, compatibility, namespace_of
 from cache.memory import DEFAULT_LIMIT_BYTES
-from cache.policy import EvictionPolicy, Lcbfu
+from cache.policy import DEFAULT_POLICY, EvictionPolicy, policy_named
 from cache.replica import Replica, describe_state, encode_embedding
 from engine.errors import InvalidRequestError
 from engine.ports import (
@@ -78,7 +78,7 @@ class RedisNoiseCache:
             raise InvalidRequestError("limit_bytes, ttl_s and poll_s must be above 0")
         self._limit_bytes = limit_bytes
         self._log_limit = max(16, min(8192, limit_bytes // 16 // LOG_ENTRY_BYTES))
-        self._policy = policy or Lcbfu()
+        self._policy = policy or policy_named(DEFAULT_POLICY)
         self._ttl_s = ttl_s
         self._poll_s = poll_s
         self._now_s = now_s
@@ -218,7 +218,7 @@ class RedisNoiseCache:
         """
         with self._syncing:
             if not self._available:
-                self._check_version()
+                check_version(self._prober)
             with self._lock:
                 replicas = list(self._replicas.items())
             for namespace, replica in replicas:
@@ -243,14 +243,6 @@ class RedisNoiseCache:
                 self._counters.add("errors")
                 delay_s = backoff.failed()
             self._wake.wait(delay_s)
-
-    def _check_version(self) -> None:
-        try:
-            check_version(self._prober)
-        except IncompatibleServerError:
-            # Whoever takes its place is found by connecting anew, not by asking this one again.
-            self._prober.connection_pool.disconnect()
-            raise
 
     def _replica(self, namespace: Namespace) -> Replica:
         with self._lock:
@@ -297,6 +289,10 @@ class RedisNoiseCache:
             # The type only: a message of Redis may quote what was sent to it.
             _log.warning("the noise cache's Redis is lost: %s", type(error).__name__)
         self._available = False
+        # Whoever takes its place is found by connecting anew, not by asking this one again: a
+        # server of a wrong version, or one that has become a replica, answers on and on.
+        for client in (self._client, self._prober):
+            client.connection_pool.disconnect(inuse_connections=False)
 
     def _decode(self, namespace: Namespace, id_: str, payload: bytes) -> StoredState | None:
         try:

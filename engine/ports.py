@@ -263,6 +263,8 @@ class ReuseProfile:
         kind: what is stored: ``NOISY`` or ``CLEAN``.
         fractions: after which shares of the steps, ascending; 1.0 is the finished picture, which
             makes sense for ``CLEAN`` only.
+        checkpoint: fingerprint of the weights that it was measured on; other weights do not use it.
+            None: not measured, for any.
 
     Raises:
         InvalidRequestError: a kind or fractions that cannot be.
@@ -271,6 +273,7 @@ class ReuseProfile:
     jumps: JumpTable = JumpTable()
     kind: StateKind = StateKind.NOISY
     fractions: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5)
+    checkpoint: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind is StateKind.FINAL:

@@ -45,7 +45,8 @@ class NoiseReuseConfig:
     """Dials and bounds of an engine's use of its cache.
 
     Attributes:
-        profiles: of models by the name of their checkpoint; others use ``profile``.
+        profiles: of models by the name of their checkpoint, each for the weights that it was
+            measured on; other names and other weights use ``profile``.
         share_between_tenants: off by default: who shares states with strangers can be asked, by
             similar prompts, what they have drawn.
         budget_s: how long a request waits for the cache; what takes longer is a counted miss.
@@ -140,6 +141,7 @@ class NoiseReuse:
         self._cache = cache
         self._config = config or NoiseReuseConfig()
         self._counts = ReuseCounts()
+        self._stale: set[str] = set()  # models that were warned about
         self._looker = Looker(self._config.budget_s)
         self._writer = OfferWriter(
             cache,
@@ -195,12 +197,25 @@ class NoiseReuse:
         request = _Request(
             resolved,
             directive,
-            self._config.profiles.get(model.spec.name, self._config.profile),
+            self._profile(model),
             key,
             claim_of(tenant, resolved.request.prompt),
             self._cache.embed(context.numpy()),
         )
         return self._visit_approximate(request, model)
+
+    def _profile(self, model: Model) -> ReuseProfile:
+        found = self._config.profiles.get(model.spec.name)
+        if found is None or found.checkpoint in (None, model.spec.fingerprint):
+            return found or self._config.profile
+        if model.spec.name not in self._stale:
+            self._stale.add(model.spec.name)
+            _log.warning(
+                "the noise cache's profile of %s was measured on other weights and is not used:"
+                " run `darkroom cache calibrate`",
+                model.spec.name,
+            )
+        return self._config.profile
 
     # ------------------------------------------------------------------ exact
 

@@ -20,12 +20,12 @@ import numpy as np
 from PIL import Image as Pillow
 from rich.console import Console
 
-from cache.calibration import SHARES, Calibration, Draw, Pair, calibrate
+from cache.calibration import BEYOND_ERROR, Calibration, Draw, Pair, calibrate
 from engine.ports import StateKind
 from engine.types import GenerateRequest, Image
 from loadtests.common import conditions
 from server.cache_bench import Bench
-from server.cache_cli import KINDS, calibration_table
+from server.cache_cli import KINDS, calibration_table, shares_of
 from server.cache_wiring import evaluator, opened_model, pairs_of_world
 from server.settings import Settings
 
@@ -75,6 +75,7 @@ def main() -> None:
                 memory.generate,
                 judge.score,
                 judge.features,
+                shares=shares_of(profile),
                 keep=options.keep,
                 exclusive=profile.kind is StateKind.NOISY,
             )
@@ -82,11 +83,15 @@ def main() -> None:
             console.print(calibration_table(found))
             console.print(_where_it_pays(found))
             if options.sheet is not None:
-                rows += _sheet_rows(pairs, memory)
+                rows += _sheet_rows(pairs, memory, shares_of(profile))
             memory.bench.close()
     if options.sheet is not None:
         options.sheet.parent.mkdir(parents=True, exist_ok=True)
-        strips = [np.concatenate(row, axis=1) for row in rows]
+        widest = max(map(len, rows))  # kinds are measured at different jumps
+        strips = [
+            np.concatenate([*row, *[np.full_like(row[0], 255)] * (widest - len(row))], axis=1)
+            for row in rows
+        ]
         Pillow.fromarray(np.concatenate(strips)).save(options.sheet)
     console.print(f"{conditions(options)}; {time.perf_counter() - began_s:.0f} s")
 
@@ -96,19 +101,21 @@ def _where_it_pays(found: Calibration) -> str:
     better = [
         f"{row.low:.3f} at {row.share:.0%}"
         for row in found.quality
-        if row.ratio - row.ratio_fewer > row.error
+        if row.ratio - row.ratio_fewer > BEYOND_ERROR * row.error
     ]
     return f"beats fewer steps: {', '.join(better) or 'nowhere'}"
 
 
-def _sheet_rows(pairs: Sequence[Pair], memory: Remembering) -> list[list[Image]]:
+def _sheet_rows(
+    pairs: Sequence[Pair], memory: Remembering, shares: Sequence[float]
+) -> list[list[Image]]:
     """For one pair of every bin two rows: the source and its jumps, the target and fewer steps."""
     firsts = {round(pair.similarity, 1): i for i, pair in reversed(list(enumerate(pairs)))}
     rows = []
     for i in sorted(firsts.values()):
         source = (pairs[i].source, len(pairs) + i)
-        first = [Draw(*source), *(Draw(pairs[i].prompt, i, source, share) for share in SHARES)]
-        second = [Draw(pairs[i].prompt, i, None, share) for share in (0.0, *SHARES)]
+        first = [Draw(*source), *(Draw(pairs[i].prompt, i, source, share) for share in shares)]
+        second = [Draw(pairs[i].prompt, i, None, share) for share in (0.0, *shares)]
         rows += [memory.generate(first), memory.generate(second)]
     return rows
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,13 +12,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from cache.calibration import BEYOND_ERROR, SHARES, Calibration, Quality
+from cache.policy import DEFAULT_HALF_LIFE_S, DEFAULT_POLICY
 from cache.profiles import FILE_NAME, read_profile, write_profile
 from engine.errors import InvalidRequestError
 from engine.ports import ReuseProfile, StateKind
 from server.settings import Settings, served_config
 
 if TYPE_CHECKING:
-    from cache.calibration import Calibration
     from cache.inspection import Operator
     from cache.keys import Namespace
 
@@ -111,6 +112,10 @@ def calibrate(
     steps: int = 20,
     solver: str | None = None,
     keep: Annotated[float, typer.Option(help="Least ratio of the score to no cache.")] = 0.98,
+    keep_diversity: Annotated[
+        float, typer.Option(help="Least ratio of the distance between seeds' pictures.")
+    ] = 0.9,
+    seeds: Annotated[int, typer.Option(min=2, help="Seeds of a prompt to compare.")] = 8,
     evaluator: EvaluatorOption = "models.loupe:Loupe",
     precision: str = "fp32",
     out: Annotated[Path | None, typer.Option(help="By default beside the model.")] = None,
@@ -134,9 +139,13 @@ def calibrate(
                 bench.generate,
                 judge.score,
                 judge.features,
+                shares=shares_of(profile),
                 keep=keep,
+                keep_diversity=keep_diversity,
+                seeds=seeds,
                 exclusive=profile.kind is StateKind.NOISY,
             )
+            fingerprint = opened.spec.fingerprint
         finally:
             bench.close()
     _out.print(calibration_table(found))
@@ -144,11 +153,13 @@ def calibrate(
     measured = {
         "steps": steps,
         "solver": solver,
+        "precision": precision,
         "keep": keep,
+        "keep_diversity": keep_diversity,
         "quality": [asdict(row) for row in found.quality],
         "diversity": [asdict(row) for row in found.diversity],
     }
-    calibrated = ReuseProfile(jumps=found.jumps, kind=profile.kind, fractions=profile.fractions)
+    calibrated = replace(profile, jumps=found.jumps, checkpoint=fingerprint)
     write_profile(path, calibrated, measured)
     _out.print(f"{path}: {found.jumps.steps or 'no jump keeps so much'}", soft_wrap=True)
 
@@ -160,8 +171,8 @@ def replay(
     zipf: Annotated[float, typer.Option(help="Exponent of the subjects' popularity.")] = 0.8,
     profile: Annotated[Path | None, typer.Option(help="A calibrated profile.")] = None,
     limit_mb: Annotated[float, typer.Option(help="Of the cache, in MB.")] = 256.0,
-    policy: str = "lcbfu",
-    half_life_s: float = 3600.0,
+    policy: str = DEFAULT_POLICY,
+    half_life_s: float = DEFAULT_HALF_LIFE_S,
     steps: int = 20,
     draw: Annotated[
         bool, typer.Option(help="Draw the pictures, with the cache and without.")
@@ -191,6 +202,12 @@ def replay(
         f" {reuse_within(trace, 3600):.0%} within an hour"
     )
     with opened_model(settings, model, precision) as opened:
+        if used.checkpoint not in (None, opened.spec.fingerprint):
+            raise InvalidRequestError(
+                f"{found} was measured on other weights than those of {model!r}: run"
+                " `darkroom cache calibrate` first",
+                field="profile",
+            )
         if not draw:
             embeddings = embed_prompts(trace, opened)
             result = simulate(
@@ -227,6 +244,11 @@ def _kind(name: str) -> ReuseProfile:
     return KINDS[name]
 
 
+def shares_of(profile: ReuseProfile) -> tuple[float, ...]:
+    """The jumps to measure: none beyond the last state that is stored."""
+    return tuple(share for share in SHARES if share <= max(profile.fractions))
+
+
 def calibration_table(found: Calibration) -> Table:
     """Quality by similarity and jump, with fewer steps beside each."""
     table = Table(
@@ -241,7 +263,7 @@ def calibration_table(found: Calibration) -> Table:
             f"{row.ratio:.3f}",
             f"{row.error:.3f}",
             f"{row.ratio_fewer:.3f}",
-            "yes" if row.ratio > row.ratio_fewer else "no",
+            _worth(row),
             f"{row.frechet:.3f}",
             f"{row.frechet_fewer:.3f}",
             f"{row.agreement:.3f}",
@@ -250,6 +272,13 @@ def calibration_table(found: Calibration) -> Table:
     spread = ", ".join(f"{d.share:.0%}: {d.ratio:.3f}" for d in found.diversity)
     table.caption = f"diversity of seeds, a ratio to no cache: {spread}"
     return table
+
+
+def _worth(row: Quality) -> str:
+    """Beside fewer steps: better or worse beyond the error, or as good."""
+    if row.beaten:
+        return "no"
+    return "yes" if row.ratio - row.ratio_fewer > BEYOND_ERROR * row.error else "as good"
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cache.policy import DEFAULT_HALF_LIFE_S
 from engine.errors import InvalidRequestError
 from engine.types import Limits
 
@@ -106,6 +107,8 @@ class WorkersConfig(Section):
     replicas: Annotated[int, Field(ge=1)] = 1
     max_replicas: Annotated[int, Field(ge=1)] | None = None
     """With it, workers scale between both on outstanding steps."""
+    scale_down_after_s: Positive = 120.0
+    """For so long a worker has to be one too many before it goes."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads of the graphs of one worker; by default the cores, shared among the workers."""
     memory_budget_bytes: Annotated[int, Field(gt=0)] | None = None
@@ -195,9 +198,9 @@ class CacheConfig(Section):
     """What a request gets that names neither a seed nor ``cache``."""
     max_bytes: Annotated[int, Field(gt=0)] = 256 << 20
     """Of one tenant's states of one model; never exceeded."""
-    policy: Literal["lcbfu", "lru", "lfu", "fifo", "gdsf"] = "lcbfu"
-    half_life_s: Positive = 3600.0
-    """After so long without a use, a state's benefit counts half."""
+    policy: Literal["gdsf", "lcbfu", "lru", "lfu", "fifo"] = "gdsf"
+    half_life_s: Positive = DEFAULT_HALF_LIFE_S
+    """Under ``lcbfu``: after so long without a use, a state's benefit counts half."""
     budget_s: Positive = 0.05
     """How long a request waits for the cache; what takes longer is a counted miss."""
     share_between_tenants: bool = False

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -296,6 +297,24 @@ def test_requests_that_differ_in_their_key_do_not_meet(
     assert (missed.similarity, stranger.similarity) == (None, None)
 
 
+def test_a_profile_measured_on_other_weights_is_not_used(
+    make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody has looked at what such jumps do to these weights' pictures."""
+    nowhere = ReuseProfile(jumps=JumpTable(()), kind=StateKind.CLEAN, fractions=(1.0,))
+    skipped = []
+    for profile in (FINISHED, replace(FINISHED, checkpoint="other weights")):
+        cache = WatchedCache()
+        engine = make_engine(cache, nowhere, profiles={"tiny-text": profile})
+        draw(engine, request("a dog", 1))
+        stored(cache)
+        hits = [draw(engine, request("a dog", seed)).reuse for seed in (2, 3)]
+        skipped.append([reuse.steps_skipped for reuse in hits if reuse is not None])
+    assert skipped == [[4, 4], [0, 0]]
+    (warning,) = (record.message for record in caplog.records if "other weights" in record.message)
+    assert "darkroom cache calibrate" in warning
+
+
 # ---------------------------------------------------------------------- exact
 
 
@@ -314,7 +333,7 @@ def test_exact_gives_the_identical_picture_without_a_step(make_engine: MakeEngin
     assert again.reuse is not None
     assert (again.reuse.outcome, again.reuse.steps_skipped) == (ReuseOutcome.HIT, 8)
     assert again.approximations == {}
-    changes: list[dict[str, object]] = [
+    changes: list[dict[str, Any]] = [
         {"seed": 6},
         {"steps": 9},
         {"guidance": 4.5},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socketserver
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from engine.ports import CacheStatistics, JumpTable, ReuseProfile, StateKind
 from engine.reuse_noise import NoiseReuseConfig
 from engine.runtime.base import Runtime
 from engine.types import CacheDirective, CacheMode, GenerateRequest, ReuseOutcome
+from tests.old_redis import old_redis
 from tests.redis_server import RedisServer
 
 FINISHED = ReuseProfile(jumps=JumpTable(((0.9, 0.5),)), kind=StateKind.CLEAN, fractions=(1.0,))
@@ -189,42 +189,16 @@ def test_corrupt_values_are_counted_and_dropped(rig: Rig, server: RedisServer) -
         rig.draw_until(ReuseOutcome.HIT)
 
 
-class _OldRedis(socketserver.StreamRequestHandler):
-    """As much of Redis 6.2 as a client sees before it asks for more."""
-
-    def handle(self) -> None:
-        while line := self.rfile.readline():
-            words = []
-            for _ in range(int(line[1:])):
-                size = int(self.rfile.readline()[1:])
-                words.append(self.rfile.read(size + 2)[:size].upper())
-            if words[0] == b"INFO":
-                text = b"# Server\r\nredis_version:6.2.14\r\n"
-                self.wfile.write(b"$%d\r\n%s\r\n" % (len(text), text))
-            elif words[0] in (b"CLIENT", b"SELECT"):
-                self.wfile.write(b"+OK\r\n")
-            else:
-                self.wfile.write(b"-ERR unknown command\r\n")
-
-
 def test_replaced_by_an_old_version(rig: Rig, server: RedisServer) -> None:
     """Nothing is asked of a server that cannot run the scripts; the right one is taken back."""
     server.kill()
     assert rig.draw() is ReuseOutcome.MISS
 
-    class Server(socketserver.ThreadingTCPServer):
-        allow_reuse_address = True
-        daemon_threads = True
-
-    with Server(("127.0.0.1", server.port), _OldRedis) as old:
-        thread = threading.Thread(target=old.serve_forever)
-        thread.start()
+    with old_redis(server.port):
         for _ in range(5):
             assert rig.draw() is ReuseOutcome.MISS
         with pytest.raises(IncompatibleServerError, match=r"6\.2\.14"):
             rig.cache.sync()
         assert not rig.counts.available
-        old.shutdown()
-        thread.join()
     server.start()
     rig.draw_until(ReuseOutcome.HIT)

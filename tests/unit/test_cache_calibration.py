@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from cache.calibration import BINS, Draw, Pair, calibrate, choose_pairs
+from cache.calibration import BINS, Draw, Pair, Quality, calibrate, choose_pairs, table_of
 from cache.distances import FloatArray, frechet, pairwise_distance
 from engine.errors import InvalidRequestError
 from tests.noise import prompt
@@ -128,3 +128,29 @@ def test_frechet_distance_of_gaussians_is_the_known_one() -> None:
     assert frechet(first, first) == pytest.approx(0.0, abs=1e-9)
     square = np.asarray([[0.0, 0.0], [3.0, 4.0]])
     assert pairwise_distance(square) == 5.0
+
+
+def test_a_jump_that_fewer_steps_beat_is_not_in_the_table() -> None:
+    """Good enough by itself is not enough: the honest baseline costs nothing to run."""
+    rows = [quality(share=0.1, kept=0.999), quality(share=0.2, kept=0.99)]
+    assert table_of(rows, keep=0.98, most=0.5).steps == ((0.9, 0.2),)
+    beaten = [*rows, quality(share=0.3, kept=0.985, fewer=1.0)]
+    assert table_of(beaten, keep=0.98, most=0.5).steps == ((0.9, 0.2),)
+    within_the_error = [*rows, quality(share=0.3, kept=0.985, fewer=1.0, error=0.01)]
+    assert table_of(within_the_error, keep=0.98, most=0.5).steps == ((0.9, 0.3),)
+
+
+def quality(*, share: float, kept: float, fewer: float = 0.99, error: float = 0.001) -> Quality:
+    return Quality(
+        low=0.9,
+        share=share,
+        pairs=8,
+        score=kept,
+        score_full=1.0,
+        score_fewer=fewer,
+        error=error,
+        frechet=0.0,
+        frechet_fewer=0.0,
+        agreement=1.0,
+        agreement_fewer=1.0,
+    )

@@ -206,7 +206,10 @@ def test_tables_that_make_no_sense_are_refused(steps: tuple[tuple[float, float],
 
 def test_a_profile_survives_its_file(tmp_path: Path) -> None:
     profile = ReuseProfile(
-        jumps=JumpTable(((0.9, 0.25),)), kind=StateKind.CLEAN, fractions=(0.5, 1.0)
+        jumps=JumpTable(((0.9, 0.25),)),
+        kind=StateKind.CLEAN,
+        fractions=(0.5, 1.0),
+        checkpoint="weights",
     )
     write_profile(tmp_path / "p.json", profile, {"pairs": 3})
     assert read_profile(tmp_path / "p.json") == profile
