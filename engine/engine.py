@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -20,6 +21,7 @@ from engine.loop import LoopConfig, StepLoop, Tick
 from engine.model import Model
 from engine.models import ModelTable, Served
 from engine.noise_statistics import ReuseStatistics
+from engine.picture import describe
 from engine.ports import Clock, NoiseCache, SystemClock
 from engine.prepare import build, encode, resolve
 from engine.reuse_noise import NoiseReuse, NoiseReuseConfig, Visit, continued
@@ -32,7 +34,7 @@ from engine.saturation import (
 )
 from engine.scheduler import LaneId, PolicyConfig, StepTimes, TickPolicy
 from engine.trajectory import LaneKey, resume
-from engine.types import GenerateRequest, Image, Limits, Picture, Snapshot, StepEvent, Timings
+from engine.types import GenerateRequest, Image, Limits, Picture, Snapshot, StepEvent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -297,41 +299,16 @@ class Engine:
         handle.on_done(latent, 0.0)
 
     def _finished(self, visit: Visit, served: Served) -> Finished:
-        model, resolved = served.model, visit.resolved
+        vae = served.model.vae
 
         def decode(
             latent: torch.Tensor,
             on_image: Callable[[Image, float], None],
             on_error: Callable[[Exception], None],
         ) -> None:
-            self._decoder.submit(model.vae.decode, latent, on_image, on_error)
+            self._decoder.submit(vae.decode, latent, on_image, on_error)
 
-        def describe(image: Image, latent: torch.Tensor, timings: Timings) -> Picture:
-            return Picture(
-                image=image,
-                latent=latent,
-                seed=resolved.seed,
-                solver=resolved.table.solver,
-                schedule=resolved.table.schedule,
-                steps=resolved.table.steps,
-                evaluations=resolved.table.evaluations,
-                guidance=resolved.guidance,
-                width_px=resolved.width_px,
-                height_px=resolved.height_px,
-                model=served.name,
-                plan_digest=model.digest,
-                guidance_rescale=resolved.request.guidance_rescale,
-                clip_skip=resolved.request.clip_skip,
-                approximations={
-                    **model.approximations,
-                    **model.vae.approximations(resolved.width_px, resolved.height_px),
-                    **visit.approximations,
-                },
-                reuse=visit.reuse,
-                timings=timings,
-            )
-
-        return Finished(decode, describe)
+        return Finished(decode, partial(describe, visit, served))
 
     def _on_tick(self, tick: Tick) -> None:
         self.times.observe(tick.lane, tick.rows, tick.total_s)

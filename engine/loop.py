@@ -11,7 +11,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import ParamSpec
 
 import torch
@@ -19,49 +18,23 @@ import torch
 from engine.errors import (
     CancelledError,
     ClosedError,
-    DarkroomError,
     DeadlineExceededError,
-    ExecutionError,
     InvalidRequestError,
     OverloadedError,
 )
-from engine.lane import Lane, combine_guidance
+from engine.lane import Lane
 from engine.ports import Clock, SystemClock
-from engine.rows import Walk, run_rows
+from engine.rows import Walk
 from engine.scheduler import Batch, Ready, TickPolicy
 from engine.threads import compute_alone
+from engine.ticks import LoopConfig, Tick, execution_error, walk_members
 from engine.trajectory import LaneKey, Trajectory
 from engine.types import Image, Snapshot, SnapshotGrade, StepEvent
 
+__all__ = ["LoopConfig", "StepLoop", "Tick"]
+
 _log = logging.getLogger(__name__)
 _P = ParamSpec("_P")
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """What one tick did, for metrics and for the step-time table."""
-
-    lane: LaneKey
-    members: int
-    rows: int
-    walk_s: float
-    total_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoopConfig:
-    """Bounds of the loop."""
-
-    max_live: int = 256
-    """Live trajectories over all lanes; one more is refused."""
-    max_resident_bytes: int = 2 * 2**30
-    """Memory of the live trajectories' state over all lanes; one that does not fit is refused."""
-    solver_slots: int = 5
-
-    def __post_init__(self) -> None:
-        for name in ("max_live", "max_resident_bytes"):
-            if getattr(self, name) < 1:
-                raise InvalidRequestError(f"{name} must be at least 1", field=name)
 
 
 class StepLoop:
@@ -208,39 +181,12 @@ class StepLoop:
     def _walk(
         self, lane: Lane, members: Sequence[Trajectory]
     ) -> list[tuple[Trajectory, torch.Tensor]]:
-        """Run the network for ``members``; those it fails for, alone once more, then fail them."""
-        try:
-            out = self._denoise(lane, members)
-        except Exception as error:
-            if len(members) == 1:
-                self._fail(members[0].id, _execution_error(error))
-                return []
-            _log.warning("a batch of %d failed; retrying its members singly", len(members))
-            return [pair for member in members for pair in self._walk(lane, [member])]
-        finite = torch.isfinite(out).flatten(1).all(dim=1).tolist()
-        good = [(member, out[i]) for i, member in enumerate(members) if finite[i]]
-        for member in (member for i, member in enumerate(members) if not finite[i]):
-            if len(members) == 1:
-                message = f"the network gave a non-finite value at step {member.row + 1}"
-                self._fail(member.id, ExecutionError(message))
-            else:
-                good += self._walk(lane, [member])
-        return good
-
-    def _denoise(self, lane: Lane, members: Sequence[Trajectory]) -> torch.Tensor:
-        rows = lane.rows(members)
-        times = self._policy.times
-        out = run_rows(
-            self._walks[lane.key.plan_digest],
-            rows,
-            most=times.most_rows(lane.key),
-            on_out_of_memory=lambda rows: times.out_of_memory(lane.key, rows),
-        )
-        guided = [member for member in members if member.guided[member.row]]
-        scales = torch.tensor([member.guidance for member in guided], device=out.device)
-        rescale = [member.guidance_rescale for member in guided]
-        given = torch.tensor(rescale, device=out.device) if any(rescale) else None
-        return combine_guidance(out, rows.guided, scales, given)
+        """Run the network for ``members``, and fail those that it fails for."""
+        network = self._walks[lane.key.plan_digest]
+        outcome = walk_members(lane, members, network, self._policy.times)
+        for member, error in outcome.failed:
+            self._fail(member.id, error)
+        return outcome.moved
 
     def _advance(
         self, lane: Lane, outcomes: Sequence[tuple[Trajectory, torch.Tensor]]
@@ -287,7 +233,7 @@ class StepLoop:
             except Exception as error:  # a bug of ours: no client may wait for ever because of it
                 _log.exception("a tick failed")
                 for trajectory_id in list(self._live):
-                    self._fail(trajectory_id, _execution_error(error))
+                    self._fail(trajectory_id, execution_error(error))
         self._read_inbox()
         for trajectory_id in list(self._live):
             self._fail(trajectory_id, ClosedError("the engine closed before the last step"))
@@ -315,7 +261,7 @@ class StepLoop:
             lane.join(trajectory, max_bytes=self._config.max_resident_bytes - others)
         except Exception as error:  # its tensors do not fit: only this trajectory is lost
             self._known.discard(trajectory.id)
-            _tell(trajectory.listener.on_error, _execution_error(error))
+            _tell(trajectory.listener.on_error, execution_error(error))
             return
         if trajectory.lane not in self._lanes:
             self._lanes[trajectory.lane] = lane
@@ -376,11 +322,3 @@ def _tell(callback: Callable[_P, None], *args: _P.args, **kwargs: _P.kwargs) -> 
         callback(*args, **kwargs)
     except Exception:
         _log.exception("a trajectory's listener failed")
-
-
-def _execution_error(error: Exception) -> DarkroomError:
-    if isinstance(error, DarkroomError):
-        return error
-    wrapped = ExecutionError(f"{type(error).__name__} while running a step")
-    wrapped.__cause__ = error
-    return wrapped
