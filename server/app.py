@@ -28,6 +28,11 @@ SCALE_AHEAD_S = 10.0
 """Workers are added while what is outstanding would take those that are there longer than this."""
 _UNBOUNDED = 100_000
 """Serve's own queues must never be what refuses: admission is the router's."""
+_HEAD = "node:__internal_head__"
+_ROOM_ON_HEAD = 0.001
+"""Of the one that every cluster's head node has. The router goes where Serve's controller is, which
+it could not do without for long, so that no other node takes it along; and a gateway that is alone
+has to be where clients can find it."""
 _GRACE_S = 15.0
 """Beyond the drain timeout, for last replies and for closing what is open."""
 
@@ -52,8 +57,9 @@ def application(config: ServeConfig, log: Path | None = None) -> Application:
         "max_constructor_retry_count": 1,
         "logging_config": {"log_level": "WARNING", "enable_access_log": False},
     }
-    light = {"num_cpus": 0}
-    router = serve.deployment(RouterReplica, name="Router", ray_actor_options=light, **deploy)
+    light: dict[str, Any] = {"num_cpus": 0}
+    on_head = {**light, "resources": {_HEAD: _ROOM_ON_HEAD}}
+    router = serve.deployment(RouterReplica, name="Router", ray_actor_options=on_head, **deploy)
     worker = serve.deployment(
         Worker,
         name="Worker",
@@ -68,7 +74,7 @@ def application(config: ServeConfig, log: Path | None = None) -> Application:
         Gateway,
         name="Gateway",
         num_replicas=config.http.gateways,
-        ray_actor_options=light,
+        ray_actor_options=on_head if config.http.gateways == 1 else light,
         **deploy,
     )
     to_router = router.bind(config, log)
@@ -107,7 +113,7 @@ def _replicas(config: ServeConfig) -> dict[str, Any]:
             initial_replicas=workers.replicas,
             max_replicas=workers.max_replicas,
             upscale_delay_s=5.0,
-            downscale_delay_s=120.0,
+            downscale_delay_s=workers.scale_down_after_s,
             policy=AutoscalingPolicy(policy_function="server.app:workers_wanted"),
         )
     }

@@ -20,7 +20,12 @@ from server.config import HttpConfig, ServeConfig
 from server.errors import StartError
 from server.log_pipe import LogPipe
 from server.messages import Readiness
-from server.settings import Settings, extended_environment, set_default_environment
+from server.settings import (
+    Settings,
+    clear_environment,
+    extended_environment,
+    set_default_environment,
+)
 
 NAMESPACE = "darkroom"
 
@@ -126,7 +131,7 @@ class Application:
         import ray
 
         if self._address is not None:
-            ray.init(address=self._address, namespace=NAMESPACE, logging_level="error")
+            self._join(self._address)
         else:
             self._log = LogPipe()
             # Ray's own default keeps every session's logs for ever.
@@ -147,10 +152,26 @@ class Application:
                 )
             _end_spare_processes()
             self._check_gpus()
+        # Of an environment that is shared with a node's; Serve reads it when it is imported.
+        clear_environment(REPLICA_ENVIRONMENT)
         from ray import serve
 
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+
+    def _join(self, address: str) -> None:
+        import ray
+
+        try:
+            ray.init(
+                address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="error"
+            )
+        except ConnectionError as error:
+            raise StartError(
+                f"cannot join the Ray cluster at {address}: nobody answers there, or not without"
+                " the cluster's token (RAY_AUTH_MODE=token, and what `ray get-auth-token` prints"
+                " on its head)"
+            ) from error
 
     def _check_gpus(self) -> None:
         """Refuse at once what Ray would wait for for ever."""

@@ -27,6 +27,7 @@ from server.messages import (
 from server.ray_drawing import Drawing, Surroundings
 from server.refusals import Refusals
 from server.remote import CALL_TIMEOUT_S, RouterClient, WorkersClient
+from server.watch import WorkerWatch
 
 _LAST_WORDS_S = 5.0
 """For telling clients what ended their requests, once the time to finish them is over."""
@@ -56,6 +57,7 @@ class RayDispatcher:
             name=name,
             router=router,
             workers=workers,
+            watch=WorkerWatch(workers),
             ledger=self._ledger,
             refusals=Refusals(clock),
             clock=clock,
@@ -110,7 +112,7 @@ class RayDispatcher:
     async def readiness(self) -> Readiness:
         """Whether every configured model is warm, and the router answers."""
         pulse = self._ledger.pulse
-        workers = pulse.workers if pulse is not None and self._ledger.fresh() else 0
+        workers = len(pulse.workers) if pulse is not None and self._ledger.fresh() else 0
         served = {model.id for model in pulse.models} if pulse is not None and workers else set()
         missing = tuple(name for name in self._configured if name not in served)
         return Readiness(
@@ -128,8 +130,10 @@ class RayDispatcher:
 
     async def metrics(self) -> Sequence[tuple[str, bytes]]:
         """(replica, Prometheus text) of the router and of every worker that answers in time."""
+        pulse = self._ledger.pulse
         of_router, of_workers = await asyncio.gather(
-            self._around.router.metrics(), self._around.workers.metrics()
+            self._around.router.metrics(),
+            self._around.workers.metrics(pulse.workers if pulse is not None else ()),
         )
         return [*of_router, *of_workers]
 

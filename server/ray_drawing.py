@@ -42,6 +42,7 @@ from server.messages import (
 from server.refusals import Refusals
 from server.remote import CALL_TIMEOUT_S, ReplicaLostError, RouterClient, WorkersClient
 from server.routing import Expired, Grant, Place, Refused, Ticket
+from server.watch import WorkerWatch
 
 _log = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class Surroundings:
     name: str
     router: RouterClient
     workers: WorkersClient
+    watch: WorkerWatch
     ledger: Ledger
     refusals: Refusals
     clock: Clock
@@ -262,7 +264,10 @@ class Drawing:
         unfinished: DarkroomError | None = ReplicaLostError("the worker ended without a word")
         try:
             # Read to its end: leaving a stream early cancels the call behind it.
-            async with aclosing(self._around.workers.draw(grant.worker, task)) as events:
+            async with (
+                self._around.watch.over(grant.worker),
+                aclosing(self._around.workers.draw(grant.worker, task)) as events,
+            ):
                 async for event in events:
                     match event:
                         case Checkpointed():

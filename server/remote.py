@@ -57,6 +57,14 @@ class WorkersClient(Protocol):
         """Change a model on all of them; see :meth:`server.dispatch.Dispatcher.change_model`."""
         ...
 
-    async def metrics(self) -> Sequence[tuple[str, bytes]]:
-        """(replica, Prometheus text) of those that answer in time."""
+    async def ping(self, worker: str) -> None:
+        """Return when that worker has answered.
+
+        Raises:
+            ReplicaLostError: it is gone, or takes no new calls.
+        """
+        ...
+
+    async def metrics(self, workers: Sequence[str]) -> Sequence[tuple[str, bytes]]:
+        """(replica, Prometheus text) of those named that answer in time."""
         ...

@@ -142,7 +142,7 @@ class Router:
         return Pulse(
             models=self._models,
             load=self._admission.load(),
-            workers=len(self._admission.workers()),
+            workers=tuple(worker.id for worker in self._admission.workers()),
         )
 
     async def lose(self, worker: str) -> None:

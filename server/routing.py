@@ -131,4 +131,5 @@ class Pulse:
 
     models: tuple[ModelInfo, ...]
     load: Load
-    workers: int
+    workers: tuple[str, ...]
+    """The names of those that report."""

@@ -41,7 +41,8 @@ def serve(
     began_s = time.monotonic()
     flags = {"http.host": host, "http.port": port, "workers.replicas": workers}
     served = with_model(served_config(config, flags=flags), model, precision, backend)
-    check_port(served.http)
+    if address is None:
+        check_port(served.http)  # on a cluster, gateways listen elsewhere
     application = Application(served, address=address)
     for plan in _compile(served) if address is None else ():
         _err.print(f"{plan.model}: plan {plan.digest[:12]}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from ray import exceptions as ray_errors
 from ray.serve import exceptions as serve_errors
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from engine.errors import DarkroomError
@@ -44,7 +45,11 @@ class NamedReplicaRouter(RequestRouter):  # type: ignore[misc]  # Ray is not typ
         pending_request.routing_context.should_backoff = True
         name = pending_request.kwargs.get("replica")
         named = [r for r in candidate_replicas if r.replica_id.unique_id == name]
-        if not named and not pending_request.future.done():
+        if named:
+            # At once. Serve would first ask for the length of its queue, which decides nothing
+            # here; and while one worker cannot be reached, a few such questions hold up all calls.
+            self._fulfill_next_pending_request(named[0], pending_request.metadata)
+        elif not pending_request.future.done():
             pending_request.future.set_exception(ReplicaLostError(f"worker {name} is gone"))
         return [named or candidate_replicas]
 
@@ -80,7 +85,7 @@ class ServeRouterClient:
 
     async def metrics(self) -> Sequence[tuple[str, bytes]]:
         """See :class:`server.remote.RouterClient`."""
-        return await _metrics(self._calls)
+        return await _pages([self._calls.metrics.remote()])
 
 
 class ServeWorkersClient:
@@ -107,13 +112,22 @@ class ServeWorkersClient:
                 answer.cause, DarkroomError
             ):
                 raise answer.cause
+            if isinstance(answer, _LOST):
+                raise ReplicaLostError("a worker is gone; the others did it") from answer
             if isinstance(answer, BaseException):
                 raise answer
         return next((answer for answer in answers if isinstance(answer, ModelInfo)), None)
 
-    async def metrics(self) -> Sequence[tuple[str, bytes]]:
+    async def ping(self, worker: str) -> None:
         """See :class:`server.remote.WorkersClient`."""
-        return await _metrics(self._calls)
+        try:
+            await self._calls.ping.remote(replica=worker)
+        except _LOST as error:
+            raise ReplicaLostError(f"worker {worker} is gone") from error
+
+    async def metrics(self, workers: Sequence[str]) -> Sequence[tuple[str, bytes]]:
+        """See :class:`server.remote.WorkersClient`."""
+        return await _pages([self._calls.metrics.remote(replica=worker) for worker in workers])
 
 
 async def _read(response: DeploymentResponseGenerator[Any]) -> AsyncGenerator[Any, None]:
@@ -131,12 +145,15 @@ async def _read(response: DeploymentResponseGenerator[Any]) -> AsyncGenerator[An
             response.cancel()
 
 
-async def _metrics(handle: DeploymentHandle[Any]) -> list[tuple[str, bytes]]:
-    """What every replica that answers in time says of itself."""
-    try:
-        pages = await handle.broadcast("metrics").results_async(
-            timeout_s=CALL_TIMEOUT_S, return_exceptions=True
-        )
-    except (TimeoutError, *_LOST):
-        return []
-    return [page for page in pages if isinstance(page, tuple)]
+async def _pages(calls: Sequence[DeploymentResponse[Any]]) -> list[tuple[str, bytes]]:
+    """What those say of themselves that answer in time; the others take nothing from it."""
+
+    async def page(call: DeploymentResponse[Any]) -> tuple[str, bytes] | None:
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                answer: tuple[str, bytes] = await call
+                return answer
+        except (TimeoutError, ReplicaLostError, ray_errors.RayError, *_LOST):
+            return None
+
+    return [answer for answer in await asyncio.gather(*map(page, calls)) if answer is not None]

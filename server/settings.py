@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +115,12 @@ def set_default_environment(values: Mapping[str, str]) -> None:
     """What other libraries read from the environment; what is set already stays."""
     for key, value in values.items():
         os.environ.setdefault(key, value)
+
+
+def clear_environment(keys: Iterable[str]) -> None:
+    """Unset what other libraries would read."""
+    for key in keys:
+        os.environ.pop(key, None)
 
 
 @contextmanager

@@ -72,7 +72,14 @@ class Worker:
 
         return await asyncio.to_thread(apply_change, self._core.models, change)
 
-    async def metrics(self) -> tuple[str, bytes]:
+    async def ping(self, *, replica: str) -> None:
+        """Asked by gateways that it draws for: whether it can be reached."""
+
+    async def metrics(
+        self,
+        *,
+        replica: str,  # noqa: ARG002
+    ) -> tuple[str, bytes]:
         """(this replica, its Prometheus text)."""
         return f"worker/{self._core.name}", self._core.metrics_text()
 

@@ -26,6 +26,8 @@ class Wire:
 
     def __init__(self) -> None:
         self.killed = False
+        self.reaches = asyncio.Event()
+        self.reaches.set()
         self._pumps: set[asyncio.Task[None]] = set()
 
     def kill(self) -> None:
@@ -35,6 +37,12 @@ class Wire:
     def cut(self) -> None:
         for pump in self._pumps:
             pump.cancel()
+
+    async def send(self) -> None:
+        """Return when a message has come through."""
+        await self.reaches.wait()
+        if self.killed:
+            raise ReplicaLostError("it was killed")
 
     async def stream(self, items: AsyncGenerator[_T, None]) -> AsyncGenerator[_T, None]:
         if self.killed:
@@ -55,6 +63,7 @@ class Wire:
         self._pumps.add(pumping)
         try:
             while (item := await arrived.get()) is not None:
+                await self.reaches.wait()
                 if isinstance(item, ReplicaLostError):
                     raise item
                 yield item
@@ -110,6 +119,14 @@ class WorkerProcesses:
         """Nothing more comes from it: calls break, and it falls silent."""
         self._wires[name].kill()
 
+    def cut_off(self, name: str) -> None:
+        """Nothing more comes from it, and no call breaks; it works on."""
+        self._wires[name].reaches.clear()
+
+    def reconnect(self, name: str) -> None:
+        """What it has sent since arrives."""
+        self._wires[name].reaches.set()
+
     def draw(self, worker: str, task: PictureTask) -> AsyncGenerator[WorkerEvent, None]:
         self.drawn.append((worker, task))
         return self._wires[worker].stream(self.workers[worker].draw(task))
@@ -121,8 +138,11 @@ class WorkerProcesses:
         ]
         return infos[0]
 
-    async def metrics(self) -> Sequence[tuple[str, bytes]]:
-        return [(name, worker.metrics_text()) for name, worker in self.workers.items()]
+    async def ping(self, worker: str) -> None:
+        await self._wires[worker].send()
+
+    async def metrics(self, workers: Sequence[str]) -> Sequence[tuple[str, bytes]]:
+        return [(name, self.workers[name].metrics_text()) for name in workers]
 
     async def close(self) -> None:
         for reporting in self._reporting:
@@ -131,6 +151,7 @@ class WorkerProcesses:
 
     async def _report(self, worker: WorkerCore) -> None:
         while not self._wires[worker.name].killed:
+            await self._wires[worker.name].reaches.wait()
             await self._router.router.report(worker.report())
             await asyncio.sleep(REPORT_S)
 

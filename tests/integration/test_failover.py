@@ -77,6 +77,35 @@ def test_pictures_of_a_dead_worker_are_finished_elsewhere_from_where_they_stood(
     asyncio.run(scenario())
 
 
+def test_what_a_worker_sends_that_was_given_up_arrives_nowhere(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.watch.ASK_EVERY_S", 0.05)
+    monkeypatch.setattr("server.watch.ANSWER_S", 0.2)
+
+    async def scenario() -> None:
+        async with cluster(2) as (dispatcher, _, workers):
+            calm = drawn(await collect(dispatcher.draw([a_task(seed=7, steps=60)])))
+            events = []
+            victim = ""
+            async with aclosing(
+                dispatcher.draw([a_task(seed=7, steps=60, listening=True)])
+            ) as stream:
+                async for event in stream:
+                    events.append(event)
+                    if isinstance(event, Stepped) and not victim:
+                        [victim] = [e.worker for e in events if isinstance(e, Started)]
+                        workers.cut_off(victim)
+                    if isinstance(event, Started) and event.attempt == 2:
+                        workers.reconnect(victim)  # with every step, and the picture, on its way
+            [picture] = drawn(events).values()
+            assert (picture.attempts, picture.worker != victim) == (2, True)
+            assert [type(event) for event in events].count(Drawn) == 1
+            assert np.array_equal(pixels(picture), pixels(calm[0]))
+
+    asyncio.run(scenario())
+
+
 def test_a_second_death_is_told(cluster: Cluster) -> None:
     async def scenario() -> None:
         async with cluster(2) as (dispatcher, _, workers):

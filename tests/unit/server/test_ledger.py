@@ -46,7 +46,7 @@ class Listener:
         if self.away:
             raise ReplicaLostError("away")
         self.heard.append(([grant.ticket.id for grant in running], sorted(ended)))
-        return Pulse(models=self.models, load=Load(), workers=1)
+        return Pulse(models=self.models, load=Load(), workers=("w",))
 
     def admit(self, tickets: Sequence[Ticket], watching: bool) -> AsyncGenerator[RouterNews, None]:
         raise NotImplementedError

@@ -9,9 +9,10 @@ import pytest
 
 from server.config import HttpConfig, ServeConfig
 from server.errors import StartError
-from server.lifecycle import check_port, why
+from server.lifecycle import RAY_ENVIRONMENT, REPLICA_ENVIRONMENT, check_port, why
 from server.precompile import precompile
 from server.serve_cli import with_model
+from tests.faults.cluster import ray_environment
 
 TRACEBACK = """The deployment failed to start 1 times in a row. Error:
 ray::ServeReplica:darkroom:Worker.initialize_and_get_metadata() (pid=1, ip=10.0.0.1)
@@ -61,3 +62,7 @@ def test_flags_choose_one_model_or_change_the_first() -> None:
     assert (other.id, other.precision) == ("c", "int8")
     first, second = with_model(config, None, "int8", "torch").models
     assert (first.precision, first.backend, second.backend) == ("int8", "torch", "onnxruntime")
+
+
+def test_the_nodes_of_a_cluster_are_told_what_one_machine_is() -> None:
+    assert (RAY_ENVIRONMENT | REPLICA_ENVIRONMENT).items() <= ray_environment().items()

@@ -133,7 +133,7 @@ def test_it_says_what_is_outstanding_to_workers_and_models_to_gateways() -> None
         await anext(waiting)
         reply = await router.report(report())
         assert reply.outstanding_steps == 60
-        assert (await router.heartbeat("g", [], [])).workers == 1
+        assert (await router.heartbeat("g", [], [])).workers == ("w",)
         await waiting.aclose()
 
     asyncio.run(scenario())
