@@ -69,7 +69,7 @@ class ImageStream:
             yield self._error(error)
         finally:
             self.record.drew(pictures)
-            self.metrics.drew(pictures, tenant=self.tenant)
+            self.metrics.drew(pictures, tenant=self.tenant, request_id=self.record.id)
 
     def _translate(self, event: PictureEvent) -> ServerEvent | None:
         if isinstance(event, Stepped) and event.preview is not None:
@@ -80,7 +80,8 @@ class ImageStream:
 
     def _preview(self, event: Stepped, data: bytes) -> ServerEvent:
         if not self._previews:
-            self.metrics.first_preview_seconds.observe(self.now_s() - self.began_s)
+            seconds = self.now_s() - self.began_s
+            self.metrics.previewed(seconds, request_id=self.record.id)
         number = self._previews.get(event.index, 0)
         self._previews[event.index] = number + 1
         return self._named(

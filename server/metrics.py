@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.metrics_core import Metric
-from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from engine.ports import Clock, SystemClock
 from engine.types import Timings
+from server.exemplars import exemplar_of
+from server.jobs.metrics import JobMetrics
 from server.messages import Drawn
+from server.metrics_page import Format, Join, page_of
 
 _REQUEST_BUCKETS_S = (0.005, 0.02, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 _PHASE_BUCKETS_S = (0.001, 0.005, 0.02, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
-_FORGET_AFTER_S = 600.0
 
 REFUSALS = frozenset({401, 403, 413, 429, 503})
 """Statuses of requests that were turned away rather than wrong."""
@@ -38,7 +37,7 @@ class GatewayMetrics:
         self, registry: CollectorRegistry | None = None, clock: Clock | None = None
     ) -> None:
         self.registry = registry or CollectorRegistry()
-        self._join = _Join(clock or SystemClock())
+        self._join = Join(clock or SystemClock())
         self.requests = Counter(
             "darkroom_http_requests",
             "Requests that have ended; the outcome is ok or the error's code.",
@@ -82,29 +81,47 @@ class GatewayMetrics:
             ("model", "tenant"),
             registry=self.registry,
         )
+        self.jobs = JobMetrics(self.registry)
 
-    def ended(self, *, route: str, outcome: str, status: int, seconds: float) -> None:
+    def ended(
+        self,
+        *,
+        route: str,
+        outcome: str,
+        status: int,
+        seconds: float,
+        request_id: str | None = None,
+    ) -> None:
         """Count a request that has ended."""
         self.requests.labels(route, outcome).inc()
-        self.request_seconds.labels(route).observe(seconds)
+        self.request_seconds.labels(route).observe(seconds, exemplar_of(request_id))
         if status in REFUSALS:
             self.refusals.labels(outcome).inc()
 
-    def drew(self, pictures: Iterable[Drawn], *, tenant: str) -> None:
+    def drew(
+        self, pictures: Iterable[Drawn], *, tenant: str, request_id: str | None = None
+    ) -> None:
         """Count finished pictures and their phases."""
+        exemplar = exemplar_of(request_id)
         for picture in pictures:
             self.pictures.labels(picture.model, tenant).inc()
             for phase, seconds in phases(picture.timings):
-                self.phase_seconds.labels(phase).observe(seconds)
+                self.phase_seconds.labels(phase).observe(seconds, exemplar)
 
-    def page(self, own_name: str, others: Sequence[tuple[str, bytes]]) -> bytes:
-        """Prometheus text of this gateway and of ``others``, each sample with its replica.
+    def previewed(self, seconds: float, *, request_id: str | None = None) -> None:
+        """Count a request's first preview, ``seconds`` after its head."""
+        self.first_preview_seconds.observe(seconds, exemplar_of(request_id))
+
+    def page(
+        self, own_name: str, others: Sequence[tuple[str, bytes]], *, format: Format = "text"
+    ) -> bytes:
+        """The metrics of this gateway and of ``others``, each sample with its replica.
 
         Args:
-            others: (replica, its Prometheus text) of those that answered. One that answered within
-                the last ten minutes and is not there now is marked by ``darkroom_replica_up`` 0.
+            others: (replica, its page) of those that answered. One that answered within the last
+                ten minutes and is not there now is marked by ``darkroom_replica_up`` 0.
         """
-        return self._join.page([(own_name, generate_latest(self.registry)), *others])
+        return self._join.page([(own_name, page_of(self.registry)), *others], format)
 
 
 def phases(timings: Timings) -> tuple[tuple[str, float], ...]:
@@ -116,62 +133,3 @@ def phases(timings: Timings) -> tuple[tuple[str, float], ...]:
         ("denoise", timings.denoise_s),
         ("decode", timings.decode_s),
     )
-
-
-class _Join:
-    """Joins pages, and remembers for a while who should be among them."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._seen_at_s: dict[str, float] = {}
-
-    def page(self, pages: Sequence[tuple[str, bytes]]) -> bytes:
-        families: dict[str, Metric] = {}
-        up: set[str] = set()
-        for replica, text in pages:
-            try:
-                found = list(text_string_to_metric_families(text.decode()))
-            except ValueError:
-                continue  # neither text nor Prometheus's: as good as no answer
-            up.add(replica)
-            for family in found:
-                _merge(families, family, replica)
-        registry = CollectorRegistry(auto_describe=False)
-        registry.register(_Fixed([*families.values(), self._health(up)]))
-        return generate_latest(registry)
-
-    def _health(self, up: set[str]) -> GaugeMetricFamily:
-        now_s = self._clock.now_s()
-        self._seen_at_s |= dict.fromkeys(up, now_s)
-        self._seen_at_s = {
-            name: at_s for name, at_s in self._seen_at_s.items() if now_s - at_s < _FORGET_AFTER_S
-        }
-        health = GaugeMetricFamily(
-            "darkroom_replica_up",
-            "Whether the replica's own metrics are on this page; 0 for ten minutes after the last.",
-            labels=("replica",),
-        )
-        for name in sorted(self._seen_at_s):
-            health.add_metric((name,), float(name in up))
-        return health
-
-
-def _merge(families: dict[str, Metric], family: Metric, replica: str) -> None:
-    """Add the samples under their family's one heading: the format wants each family in one."""
-    into = families.setdefault(
-        family.name, Metric(family.name, family.documentation, family.type, family.unit)
-    )
-    for sample in family.samples:
-        # Creation times are of no use to anyone here and would double the page.
-        if not sample.name.endswith("_created"):
-            into.add_sample(sample.name, {**sample.labels, "replica": replica}, sample.value)
-
-
-class _Fixed:
-    """A collector of families that are there already."""
-
-    def __init__(self, families: Sequence[Metric]) -> None:
-        self._families = families
-
-    def collect(self) -> Iterable[Metric]:
-        return self._families

@@ -1,10 +1,11 @@
-"""What the router knows, in Prometheus' text format."""
+"""What the router knows, as a page of metrics."""
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from server.messages import Load
+from server.metrics_page import page_of
 
 
 class RouterMetrics:
@@ -50,4 +51,4 @@ class RouterMetrics:
         for name, gauge in self._gauges.items():
             gauge.set(getattr(load, name))
         self._workers.set(workers)
-        return generate_latest(self._registry)
+        return page_of(self._registry)

@@ -13,13 +13,14 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
-    generate_latest,
 )
 from prometheus_client.registry import Collector
 
 from server.errors import row_of
+from server.exemplars import exemplar_of
 from server.memory import used_bytes
 from server.messages import Drawn
+from server.metrics_page import page_of
 
 _TICK_BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _PHASE_BUCKETS_S = (0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0)
@@ -79,6 +80,12 @@ class WorkerMetrics:
             ("model", "code"),
             registry=registry,
         )
+        self._cancel_s = Histogram(
+            "darkroom_cancel_seconds",
+            "From the cancel of a task here to its trajectory out of the step loop.",
+            buckets=_TICK_BUCKETS_S,
+            registry=registry,
+        )
         self._splits = Counter(
             "darkroom_out_of_memory_splits",
             "Batches that did not fit into memory and were split.",
@@ -129,16 +136,21 @@ class WorkerMetrics:
         self._saturation.labels(model).set(most)
         self._steps.labels(model).inc(members)
 
-    def drawn(self, model: str, picture: Drawn) -> None:
+    def drawn(self, model: str, picture: Drawn, *, request_id: str | None = None) -> None:
         """A picture leaves."""
+        exemplar = exemplar_of(request_id)
         self._pictures.labels(model).inc()
         times = picture.timings
         for phase in ("queue", "encode", "cache", "denoise", "decode"):
-            self._phase_s.labels(model, phase).observe(getattr(times, f"{phase}_s"))
+            self._phase_s.labels(model, phase).observe(getattr(times, f"{phase}_s"), exemplar)
 
     def failed(self, model: str, error: Exception) -> None:
         """A task ended without a picture."""
         self._failures.labels(model, row_of(error).code).inc()
+
+    def cancelled(self, seconds: float) -> None:
+        """A task that nobody wants any more has left the step loop."""
+        self._cancel_s.observe(seconds)
 
     def split(self, model: str) -> None:
         """A batch did not fit into memory."""
@@ -160,5 +172,5 @@ class WorkerMetrics:
         self._model_bytes.labels(model).set(0)
 
     def text(self) -> bytes:
-        """Everything, in Prometheus' text format."""
-        return generate_latest(self._registry)
+        """Everything, as a page of metrics."""
+        return page_of(self._registry)

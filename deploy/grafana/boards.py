@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from deploy.grafana.panels import (
     DRAWING,
     RATE,
@@ -37,7 +39,7 @@ OVERVIEW = Board(
                     title="Latency",
                     why="Whole requests that draw. The objective is 95 % within 10 s.",
                     queries=tuple(
-                        Query(q.expr.replace("_bucket[", f"_bucket{{{DRAWING}}}["), q.legend)
+                        replace(q, expr=q.expr.replace("_bucket[", f"_bucket{{{DRAWING}}}["))
                         for q in quantiles(_GATEWAY)
                     ),
                     unit="s",

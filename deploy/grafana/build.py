@@ -91,6 +91,7 @@ def _panel(panel: Panel) -> timeseries.Panel:
             prometheus.Dataquery()
             .expr(query.expr)
             .legend_format(query.legend)
+            .exemplar(query.exemplars)
             .ref_id(chr(ord("A") + index))
         )
     return made

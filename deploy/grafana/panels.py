@@ -12,14 +12,28 @@ from typing import Literal
 Unit = Literal["s", "reqps", "percentunit", "bytes", "short", "none"]
 RATE = "1m"
 """Window of rates: four scrapes of 15 s at least."""
+WITH_EXEMPLARS = frozenset(
+    {
+        "darkroom_first_preview_seconds",
+        "darkroom_http_request_seconds",
+        "darkroom_phase_seconds",
+        "darkroom_picture_phase_seconds",
+    }
+)
+"""Histograms whose buckets name a request."""
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """One expression, and the name of its series."""
+    """One expression, and the name of its series.
+
+    Attributes:
+        exemplars: whether single requests are drawn as points over the lines.
+    """
 
     expr: str
     legend: str
+    exemplars: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,13 +74,17 @@ class Board:
 def quantiles(
     metric: str, by: str = "", of: tuple[float, ...] = (0.5, 0.95, 0.99)
 ) -> tuple[Query, ...]:
-    """Quantiles of a histogram, over all replicas, optionally by a label."""
+    """Quantiles of a histogram, over all replicas, optionally by a label.
+
+    Exemplars are asked for once, beside the highest: they are the same for all.
+    """
     group = f"le, {by}" if by else "le"
     name = f"{{{{{by}}}}} " if by else ""
     return tuple(
         Query(
             f"histogram_quantile({share}, sum by ({group}) (rate({metric}_bucket[{RATE}])))",
             f"{name}p{share * 100:g}",
+            exemplars=metric in WITH_EXEMPLARS and share == max(of),
         )
         for share in of
     )

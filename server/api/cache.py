@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from fastapi import APIRouter, Depends, Query
 from fastapi.concurrency import run_in_threadpool
-from prometheus_client.parser import text_string_to_metric_families
 
 from engine.errors import InvalidRequestError, UnsupportedError
 from server.auth import operator_of
 from server.errors import CacheUnavailableError
+from server.metrics_page import families_of
 from server.schemas.base import responses
 from server.schemas.cache import CacheCleared, CacheReport, CacheShare, WorkerCache
 from server.services import Services
@@ -120,7 +120,7 @@ def _workers(pages: Sequence[tuple[str, bytes]]) -> list[WorkerCache]:
     for name, page in pages:
         values = {
             sample.name: int(sample.value)
-            for family in text_string_to_metric_families(page.decode())
+            for family in families_of(page)
             if family.name in ("darkroom_cache_states", "darkroom_cache_bytes")
             for sample in family.samples
         }

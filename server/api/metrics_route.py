@@ -1,14 +1,14 @@
-"""``/metrics``: one page for the whole application, in Prometheus's text format."""
+"""``/metrics``: one page for the whole application, in the format that the scraper asks for."""
 
 from __future__ import annotations
 
 import os
 import socket
 
-from fastapi import APIRouter, Depends, Response
-from prometheus_client import CONTENT_TYPE_LATEST
+from fastapi import APIRouter, Depends, Request, Response
 
 from server.auth import observer_of
+from server.metrics_page import CONTENT_TYPES, format_for
 from server.schemas.base import responses
 from server.services import Services
 
@@ -25,20 +25,28 @@ def routes(services: Services) -> APIRouter:
         response_class=Response,
         responses={
             200: {
-                "description": "Prometheus text; each sample carries its `replica`",
-                "content": {"text/plain": {"schema": {"type": "string"}}},
+                "description": "Prometheus text, or OpenMetrics with exemplars for whom accepts it",
+                "content": {
+                    kind.partition(";")[0]: {"schema": {"type": "string"}}
+                    for kind in CONTENT_TYPES.values()
+                },
             },
             **responses(401, 403),
         },
         dependencies=[Depends(observer_of)],
     )
-    async def metrics() -> Response:
+    async def metrics(request: Request) -> Response:
         """This gateway's metrics, and those of every router and worker that answers in time.
+
+        Each sample carries its `replica`. Who accepts `application/openmetrics-text` gets that,
+        with the id of a request as exemplar of each bucket of latency.
 
         `darkroom_replica_up` is 0 for a replica that answered lately and does not now. With
         authentication on, the scraper needs an operator's key.
         """
-        page = services.metrics.page(own_name, await services.dispatcher.metrics())
-        return Response(page, headers={"content-type": CONTENT_TYPE_LATEST})
+        wanted = format_for(request.headers.get("accept", ""))
+        others = await services.dispatcher.metrics()
+        page = services.metrics.page(own_name, others, format=wanted)
+        return Response(page, headers={"content-type": CONTENT_TYPES[wanted], "vary": "accept"})
 
     return router

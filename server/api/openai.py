@@ -121,7 +121,7 @@ async def _answer(
 
     order_drawn, pictures = await until_gone(request.receive, draw())
     record.drew(pictures)
-    services.metrics.drew(pictures, tenant=tenant)
+    services.metrics.drew(pictures, tenant=tenant, request_id=record.id)
     urls: list[str] = []
     if body.response_format == "url":
         prefix = base_url(request, services)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 import uuid
 
@@ -11,11 +10,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.error_replies import reply_of
+from server.exemplars import REQUEST_ID
 from server.metrics import GatewayMetrics
 from server.request_log import SCOPE_KEY, RequestLog, RequestRecord
 
 _log = logging.getLogger(__name__)
-_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _CLIENT_GONE = 499
 # What an error is called whose reply was written by a layer that keeps no record.
 _CODES = {
@@ -50,7 +49,7 @@ class RequestLayer:
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         record = RequestRecord(id=request_id, method=scope["method"])
         scope[SCOPE_KEY] = record
         status = 0
@@ -79,7 +78,9 @@ class RequestLayer:
             record.failed(_CODES.get(status, "cancelled" if status == _CLIENT_GONE else "other"))
         route = route_of(scope)
         outcome = record.outcome or "ok"
-        self._metrics.ended(route=route, outcome=outcome, status=status, seconds=seconds)
+        self._metrics.ended(
+            route=route, outcome=outcome, status=status, seconds=seconds, request_id=record.id
+        )
         self._request_log.write(record, route=route, status=status, seconds=seconds)
 
 

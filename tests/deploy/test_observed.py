@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -24,7 +25,7 @@ import yaml
 
 from deploy.grafana import check
 from deploy.grafana.boards import BOARDS
-from deploy.grafana.panels import Panel
+from deploy.grafana.panels import Panel, Query
 from tests.redis_server import free_port
 from tests.served import Served, darkroom_serve, wait_until
 
@@ -35,6 +36,7 @@ pytestmark = [
 
 RULES = Path(check.__file__).parents[1] / "prometheus" / "rules"
 LOAD_S = 45.0
+ID = re.compile(r"load-\d+")
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +95,38 @@ def test_the_objectives_are_computed(prometheus: str) -> None:
         assert 0.0 <= float(result["value"][1]) <= 1.0
 
 
+@pytest.mark.parametrize(
+    "query",
+    [
+        pytest.param(query, id=f"{board.uid}: {panel.title}")
+        for board in BOARDS
+        for row in board.rows
+        for panel in row.panels
+        for query in panel.queries
+        if query.exemplars
+    ],
+)
+def test_a_panel_of_latency_names_requests(prometheus: str, query: Query) -> None:
+    now_s = time.time()
+    found = _api(
+        prometheus,
+        "query_exemplars",
+        query=query.expr,
+        start=str(now_s - LOAD_S - 60),
+        end=str(now_s),
+    )
+
+    ids = {exemplar["labels"]["request_id"] for series in found for exemplar in series["exemplars"]}
+    assert any(ID.fullmatch(id_) for id_ in ids), "no exemplar of a request that was sent"
+
+
 def _prometheus_config(served: Served) -> dict[str, Any]:
+    """The committed one, in a hurry and with this server as its target."""
+    committed = yaml.safe_load((RULES.parent / "prometheus.yml").read_text())
     target = urllib.parse.urlsplit(served.url).netloc
     return {
         "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+        "storage": committed["storage"],
         "rule_files": [str(path) for path in RULES.glob("*.yml")],
         "scrape_configs": [{"job_name": "darkroom", "static_configs": [{"targets": [target]}]}],
     }
@@ -113,6 +143,7 @@ class _Prometheus:
             f"--config.file={config}",
             f"--storage.tsdb.path={folder / 'data'}",
             f"--web.listen-address=127.0.0.1:{self._port}",
+            *_features(),
         ]
 
     def __enter__(self) -> str:
@@ -126,6 +157,13 @@ class _Prometheus:
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.wait()
+
+
+def _features() -> list[str]:
+    """The features that compose switches on."""
+    compose = yaml.safe_load((RULES.parents[2] / "docker-compose.yml").read_text())
+    command = compose["services"]["prometheus"]["command"]
+    return [flag for flag in command if flag.startswith("--enable-feature")]
 
 
 def _load(served: Served) -> None:
@@ -143,7 +181,12 @@ def _load(served: Served) -> None:
                 body |= {"cache": {"mode": "approximate"}}
             if number % 16 == 3:
                 body |= {"size": "33x33"}  # refused
-            reply = httpx.post(f"{served.url}/v1/images/generations", json=body, timeout=120.0)
+            reply = httpx.post(
+                f"{served.url}/v1/images/generations",
+                json=body,
+                headers={"x-request-id": f"load-{number}"},
+                timeout=120.0,
+            )
             assert reply.status_code in (200, 422), reply.text
 
     with ThreadPoolExecutor(4) as pool:

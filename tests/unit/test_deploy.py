@@ -58,6 +58,40 @@ def test_the_rules_do_what_their_tests_say() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is Debian's prometheus")
+def test_the_configuration_of_prometheus_is_valid() -> None:
+    config = DEPLOY / "prometheus" / "prometheus.yml"
+    done = subprocess.run(
+        ["promtool", "check", "config", "--syntax-only", config],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_exemplars_are_stored_where_they_are_shown() -> None:
+    from deploy.grafana.boards import BOARDS
+    from deploy.grafana.panels import WITH_EXEMPLARS
+
+    prometheus = _documents(DEPLOY / "prometheus" / "prometheus.yml")[0]
+    services = _documents(DEPLOY.parent / "docker-compose.yml")[0]["services"]
+    shown = " ".join(
+        query.expr
+        for board in BOARDS
+        for row in board.rows
+        for panel in row.panels
+        for query in panel.queries
+        if query.exemplars
+    )
+
+    assert prometheus["storage"]["exemplars"]["max_exemplars"] > 0
+    assert "--enable-feature=exemplar-storage" in services["prometheus"]["command"]
+    assert set(re.findall(r"(darkroom_\w+)_bucket", shown)) <= WITH_EXEMPLARS
+    assert "darkroom_http_request_seconds_bucket" in shown
+
+
 def test_the_dashboards_are_in_step_with_their_code() -> None:
     from deploy.grafana.boards import BOARDS
     from deploy.grafana.build import FOLDER, render
@@ -119,13 +153,13 @@ def test_the_configurations_of_the_cluster_are_valid() -> None:
 
 def test_the_table_of_metrics_is_that_of_the_code() -> None:
     from prometheus_client import CollectorRegistry, generate_latest
-    from prometheus_client.parser import text_string_to_metric_families
 
     from engine.noise_statistics import ReuseCounts
     from engine.ports import CacheStatistics
     from server.cache_metrics import CacheCollector
     from server.messages import Load
     from server.metrics import GatewayMetrics
+    from server.metrics_page import families_of
     from server.router_metrics import RouterMetrics
     from server.worker_metrics import WorkerMetrics
 
@@ -143,7 +177,7 @@ def test_the_table_of_metrics_is_that_of_the_code() -> None:
     counted = {
         (family.name, family.type)
         for text in texts
-        for family in text_string_to_metric_families(text.decode())
+        for family in families_of(text)
         if not family.name.endswith("_created")
     }
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \|", (DEPLOY / "METRICS.md").read_text(), re.MULTILINE)

@@ -23,6 +23,7 @@ from server.config import (
 )
 from server.gateway import create_app
 from server.messages import Readiness
+from server.metrics_page import families_of
 from server.request_log import configure_logging
 from tests.unit.server.scripted import ScriptedDispatcher, services_of
 
@@ -238,6 +239,28 @@ def test_pages_are_joined_under_one_heading_each_and_absentees_marked() -> None:
     second = client.get("/metrics").text
     assert 'darkroom_replica_up{replica="worker-0"} 1.0' in second
     assert 'darkroom_replica_up{replica="worker-1"} 0.0' in second
+
+
+def test_a_scraper_that_accepts_openmetrics_gets_exemplars() -> None:
+    client = client_of(ScriptedDispatcher())
+    drawn = client.post(
+        "/v1/images/generations", json={"prompt": "x"}, headers={"x-request-id": "slow-one"}
+    )
+    assert drawn.status_code == 200
+
+    reply = client.get("/metrics", headers={"accept": "application/openmetrics-text"})
+
+    assert reply.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+    named = {
+        family.name
+        for family in families_of(reply.content)
+        for sample in family.samples
+        if sample.exemplar is not None and sample.exemplar.labels == {"request_id": "slow-one"}
+    }
+    assert named == {"darkroom_http_request_seconds", "darkroom_picture_phase_seconds"}
+    plain = client.get("/metrics")
+    assert plain.headers["content-type"].startswith("text/plain")
+    assert "slow-one" not in plain.text
 
 
 # ---------------------------------------------------------------------------------------- logs
