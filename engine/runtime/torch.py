@@ -123,8 +123,8 @@ class _Crew:
 
     OpenMP keeps a team for each thread that ever ran a parallel loop. With two such threads (the
     step loop, and whoever encodes prompts) two teams of N share N cores; they then sleep instead
-    of spin between loops, and a small UNet has thousands of these. Whatever else uses torch in the
-    process still brings a team of its own: on CPUs this backend is best given one thread.
+    of spin between loops, and a small UNet has thousands of these. The loop and the decoder have no
+    team (:func:`engine.threads.compute_alone`); whatever else uses torch in the process brings one.
     """
 
     def __init__(self, threads: int) -> None:
