@@ -6,7 +6,7 @@ hundred. What a ticket meets, in this order:
 
 1. *Admission* is all or nothing for the tickets of a request, bounded in steps in all and per
    tenant. A deadline that the measured rates cannot meet is refused at once, with the time after
-   which it could have been met.
+   which it could have been met; one that not even an idle application meets, with that said.
 2. *The fair queue* (:mod:`server.fair_queue`).
 3. *Placement* (:mod:`server.fleet`): workers hold just enough to be busy, and the rest waits here,
    where it can still be put in order.
@@ -18,12 +18,13 @@ A new instance knows nothing. Reports and heartbeats say within seconds what is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from engine.errors import DeadlineExceededError, LimitExceededError, OverloadedError
+from engine.errors import LimitExceededError, OverloadedError
 from engine.ports import Clock
 from server.config import AdmissionConfig
+from server.errors import DeadlineTooShortError
 from server.fair_queue import FairQueue
 from server.fleet import AdmissionPolicy, Fleet
 from server.messages import Load
@@ -71,7 +72,7 @@ class Admission:
         Raises:
             OverloadedError: the queue is full, or busy beyond the deadline; with the seconds until
                 that should have changed.
-            DeadlineExceededError: an idle application could not meet the deadline either.
+            DeadlineTooShortError: an idle application could not meet the deadline either.
             LimitExceededError: the request alone is larger than the whole queue.
         """
         fresh = [ticket for ticket in tickets if not ticket.resumed]
@@ -84,7 +85,7 @@ class Admission:
             self._queue.push(ticket)
         try:
             self._check_deadlines(fresh)
-        except (OverloadedError, DeadlineExceededError):
+        except (OverloadedError, DeadlineTooShortError):
             for ticket in tickets:
                 self._queue.remove(ticket.id)
             raise
@@ -247,8 +248,9 @@ class Admission:
         judged = {t.id: t.deadline_at_s for t in tickets if t.deadline_at_s is not None}
         if not judged or not len(self._fleet):
             return  # without a measurement there is nothing to judge by
+        own = {ticket.id for ticket in tickets}
         now_s = self._clock.now_s()
-        there_s = sum(
+        there_s = running_s = sum(
             self._fleet.seconds(lease.steps_left, lease.grant.ticket.model) or 0.0
             for lease in self._leases.values()
         )
@@ -260,8 +262,10 @@ class Admission:
             tick_s = min((rate.tick_s for rate in self._fleet.rates(ticket.model)), default=0.0)
             alone_s = ticket.steps / ticket.width * tick_s
             if alone_s > left_s:
-                raise DeadlineExceededError(
-                    f"the picture takes {alone_s:.1f} s; the deadline leaves {max(0.0, left_s):.1f}"
+                raise DeadlineTooShortError(
+                    f"the picture takes {alone_s:.2f} s even alone; the deadline leaves"
+                    f" {max(0.0, left_s):.2f}: waiting does not help, more time or fewer steps do",
+                    retry_after_s=running_s + self._queued_s(without=own),
                 )
             if there_s > left_s:
                 raise OverloadedError(
@@ -271,6 +275,11 @@ class Admission:
                 )
             if not judged:
                 return
+
+    def _queued_s(self, *, without: Collection[str]) -> float:
+        """How long the workers need for what waits, less the tickets of these ids."""
+        waiting = (ticket for ticket in self._queue if ticket.id not in without)
+        return sum(self._fleet.seconds(it.steps, it.model) or 0.0 for it in waiting)
 
     def _lease(self, grant: Grant, steps_left: float) -> None:
         self._leases[grant.ticket.id] = _Lease(grant, steps_left, self._clock.now_s())

@@ -24,7 +24,8 @@ class Dispatcher(Protocol):
 
         Raises:
             OverloadedError: refused at admission, all tasks together, before the first event.
-            DeadlineExceededError: the deadline cannot be met, refused likewise.
+            DeadlineTooShortError: no idle worker could meet the deadline either; refused likewise.
+            DeadlineExceededError: it passed before there was a worker to ask.
             InvalidRequestError: an unknown model.
             ClosedError: the application drains.
         """

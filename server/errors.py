@@ -60,6 +60,19 @@ class CacheUnavailableError(ServerError):
     """The noise cache's Redis does not answer an operator; pictures are drawn all the same."""
 
 
+class DeadlineTooShortError(ServerError):
+    """Even alone, the picture would take longer than its deadline leaves. Refused at once.
+
+    Waiting does not change that: another deadline or fewer steps do. ``retry_after_s`` is when all
+    the work that is there now will be done, so that a client which retries whatever is refused does
+    so where its picture has the whole application, and not in the middle of a queue.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message, field="deadline_s")
+        self.retry_after_s = retry_after_s
+
+
 class UnprocessableError(ServerError):
     """Well-formed, but not servable."""
 
@@ -111,6 +124,7 @@ TABLE: tuple[tuple[type[Exception], Row], ...] = (
     (JobsUnavailableError, Row(503, "unavailable", "jobs_unavailable")),
     (CacheUnavailableError, Row(503, "unavailable", "cache_unavailable")),
     (UnprocessableError, Row(422, "invalid_request_error", "unprocessable")),
+    (DeadlineTooShortError, Row(429, "invalid_request_error", "deadline_too_short")),
     (RateLimitedError, Row(429, "rate_limit_error", "rate_limited")),
     (WorkerLostError, Row(503, "unavailable", "worker_lost")),
 )

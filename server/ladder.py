@@ -11,8 +11,9 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
-from engine.errors import DeadlineExceededError, OverloadedError
+from engine.errors import OverloadedError
 from server.dispatch import Dispatcher
+from server.errors import DeadlineTooShortError
 from server.events import OpenedEvents, opened
 from server.messages import Drawn, Failed
 from server.orders import Order
@@ -74,7 +75,7 @@ async def admitted(
         offered = rung if previews is None else rung.with_previews(previews)
         try:
             events = await opened(dispatcher.draw(offered.tasks))
-        except (OverloadedError, DeadlineExceededError) as error:
+        except (OverloadedError, DeadlineTooShortError) as error:
             refusal = refusal or error
             continue
         return Admitted(offered, events, order.tasks[0].request.steps)

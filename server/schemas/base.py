@@ -116,9 +116,10 @@ MEANING = {
     413: "The body is larger than the configured bound",
     415: "A media type that this route does not take",
     422: "Well-formed, but not servable: a size off the grid, a combination that does not exist",
-    429: "Too much at once: try again after `Retry-After` seconds",
+    429: "Too much at once: try again after `Retry-After` seconds; or, with the code"
+    " `deadline_too_short`, a deadline that no idle server could meet either",
     499: "The client closed the connection; seen in logs and metrics only",
     500: "The server failed; its log says why",
     503: "Draining, not ready, or no worker left: try again after `Retry-After` seconds",
-    504: "The deadline passed before the picture was finished",
+    504: "The deadline passed while the picture waited or was being drawn",
 }

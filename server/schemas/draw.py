@@ -92,7 +92,10 @@ class DrawBody(Body):
     priority: Annotated[int, Field(ge=-10, le=10)] = 0
     """Higher goes first, up to what the tenant may ask for."""
     deadline_s: Annotated[float | None, Field(gt=0.0, le=86_400.0)] = None
-    """Seconds after which the pictures are worthless. Refused at once where it cannot be met."""
+    """Seconds after which the pictures are worthless. What the measured step times say cannot be
+    met is refused at once with 429: `overloaded` where it could be met after `Retry-After` seconds,
+    `deadline_too_short` where a picture takes longer even alone; then `Retry-After` is the time in
+    which the queue drains, and more time or fewer steps help."""
     cache: CacheBody | None = None
     """By default off for a request that names its seed, and approximate for others, where the
     server has a noise cache."""

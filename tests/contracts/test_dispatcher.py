@@ -18,7 +18,6 @@ import pytest
 
 from engine.errors import (
     ClosedError,
-    DeadlineExceededError,
     InvalidRequestError,
     LimitExceededError,
     OverloadedError,
@@ -26,6 +25,7 @@ from engine.errors import (
 from engine.png import read_parameters
 from server.config import ServeConfig
 from server.dispatch import Dispatcher
+from server.errors import DeadlineTooShortError
 from server.messages import Drawn, Failed, Output, PictureEvent, Queued, Started, Stepped
 from server.settings import Settings
 from tests.serving import MODEL, a_task, collect, pixels, settings_for, tiny_config
@@ -227,7 +227,7 @@ def test_refusals_come_before_the_first_event_and_leave_nothing(darkroom: Darkro
             with pytest.raises(LimitExceededError):
                 await anext(dispatcher.draw([a_task(index=i, steps=20) for i in range(3)]))
             late = a_task(steps=20, deadline_at_s=time.time() + 1e-4)
-            with pytest.raises(DeadlineExceededError):
+            with pytest.raises(DeadlineTooShortError):
                 await anext(dispatcher.draw([late]))
             load = await dispatcher.load()
             assert (load.queued, load.running) == (0, 0)

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.errors import DeadlineExceededError, LimitExceededError, OverloadedError
+from engine.errors import LimitExceededError, OverloadedError
 from server.admission import Admission
 from server.config import AdmissionConfig
+from server.errors import DeadlineTooShortError, retry_after_s, row_of
 from server.fleet import AdmissionPolicy
 from server.messages import ModelInfo
 from server.routing import Grant, Live, Rate, Ticket, WorkerReport
@@ -171,8 +172,28 @@ def test_a_deadline_that_an_idle_machine_misses_is_not_worth_a_retry(
 ) -> None:
     admission = make()
     admission.report(report())
-    with pytest.raises(DeadlineExceededError):  # 20 ticks of 20 ms
-        admission.admit([ticket(40, width=2, deadline_at_s=clock.now_s() + 0.3)])
+    soon = clock.now_s() + 0.3
+    with pytest.raises(DeadlineTooShortError, match=r"takes 0\.40 s even alone") as refused:
+        admission.admit([ticket(40, width=2, deadline_at_s=soon)])  # 20 ticks of 20 ms
+    assert retry_after_s(refused.value) == 1  # nothing is in the way, and there is no less than 1
+    assert admission.load().queued == 0
+
+
+def test_an_impossible_deadline_is_told_when_the_queue_will_have_drained(
+    make: Callable[..., Admission], clock: FakeClock
+) -> None:
+    admission = make()
+    admission.report(report())  # 100 steps a second
+    admission.admit([ticket(400, id="runs")])
+    admission.grants()
+    admission.admit([ticket(300, id="waits"), ticket(200, id="waits too")])
+    late = [ticket(40, width=2, deadline_at_s=clock.now_s() + 0.3, id=f"late {i}") for i in (0, 1)]
+    with pytest.raises(DeadlineTooShortError) as refused:
+        admission.admit(late)
+    assert refused.value.retry_after_s == pytest.approx(4 + 3 + 2)  # its own two not among them
+    row = row_of(refused.value)
+    assert (row.status, row.code) == (429, "deadline_too_short")
+    assert admission.load().queued == 2
 
 
 def test_a_deadline_that_passes_in_the_queue_is_swept_out(

@@ -8,7 +8,7 @@ import pickle
 import pytest
 
 from engine.errors import DarkroomError, InvalidRequestError, LimitExceededError, OverloadedError
-from server.errors import RateLimitedError, UnprocessableError
+from server.errors import DeadlineTooShortError, RateLimitedError, UnprocessableError
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,7 @@ from server.errors import RateLimitedError, UnprocessableError
         LimitExceededError("too many", field="steps", limit=150),
         OverloadedError("full", retry_after_s=2.5),
         RateLimitedError("slow down", retry_after_s=1.0),
+        DeadlineTooShortError("too late", retry_after_s=3.0),
         UnprocessableError("odd size", field="size"),
     ],
     ids=lambda error: type(error).__name__,

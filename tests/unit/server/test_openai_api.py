@@ -15,12 +15,12 @@ from starlette.testclient import TestClient
 
 from engine.errors import (
     ClosedError,
-    DeadlineExceededError,
     ExecutionError,
     OverloadedError,
 )
 from engine.types import MAX_SEED
 from server.config import LimitsConfig, ModelConfig, ServeConfig
+from server.errors import DeadlineTooShortError
 from server.gateway import create_app
 from tests.unit.server.scripted import MODEL, ScriptedDispatcher, picture_file, services_of
 
@@ -44,6 +44,9 @@ def dispatcher() -> ScriptedDispatcher:
     """The one behind ``client``, as new."""
     _DISPATCHER.forget()
     return _DISPATCHER
+
+
+TOO_SHORT = DeadlineTooShortError("the picture takes 2 s even alone", retry_after_s=4.2)
 
 
 def generate(client: TestClient, **fields: Any) -> Any:
@@ -250,6 +253,7 @@ def test_frameworks_errors_have_our_shape(client: TestClient) -> None:
     ("refusal", "status", "wait_s"),
     [
         (OverloadedError("the queue is full", retry_after_s=12.2), 429, "13"),
+        (TOO_SHORT, 429, "5"),
         (ClosedError("draining"), 503, "1"),
         (RuntimeError("umbrella: a secret"), 500, None),
     ],
@@ -283,7 +287,7 @@ def test_a_failed_picture_fails_the_request(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("refusal", [OverloadedError("full"), DeadlineExceededError("too late")])
+@pytest.mark.parametrize("refusal", [OverloadedError("full"), TOO_SHORT])
 def test_who_allows_it_gets_fewer_steps_instead_of_a_refusal(
     client: TestClient, dispatcher: ScriptedDispatcher, refusal: Exception, stream: bool
 ) -> None:
