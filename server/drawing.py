@@ -12,7 +12,12 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
 
 from engine.engine import Engine
-from engine.errors import DeadlineExceededError, ExecutionError, InvalidRequestError
+from engine.errors import (
+    CancelledError,
+    DeadlineExceededError,
+    ExecutionError,
+    InvalidRequestError,
+)
 from engine.handle import Handle
 from engine.png import encode_image, parameters_of
 from engine.ports import Clock
@@ -111,6 +116,20 @@ class Drawing:
         if isinstance(news, Snapshot):
             return await loop.run_in_executor(self._shop.writers, self._checkpointed, news)
         return await loop.run_in_executor(self._shop.writers, self._drawn, news)
+
+    def cancel(self, handle: Handle, left: Callable[[float], None]) -> None:
+        """Take the task out of the step loop; ``left`` is told how many seconds that took.
+
+        It is not told where the picture was finished before.
+        """
+        asked_at_s = self._shop.clock.now_s()
+
+        def ended(outcome: Future[Picture]) -> None:
+            if isinstance(outcome.exception(), CancelledError):
+                left(self._shop.clock.now_s() - asked_at_s)
+
+        handle.add_done_callback(ended)
+        handle.cancel()
 
     # ------------------------------------------------------------------ going in
 

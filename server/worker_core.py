@@ -210,7 +210,7 @@ class WorkerCore:
                 if isinstance(event, Checkpointed):
                     self._metrics.snapshot(len(event.snapshot))
                 elif isinstance(event, Drawn):
-                    self._metrics.drawn(task.model, event)
+                    self._metrics.drawn(task.model, event, request_id=task.request_id)
                 yield event
         except DarkroomError as error:
             yield self._failed(task, error)
@@ -222,8 +222,8 @@ class WorkerCore:
                 self._places.release()
             if drawing is not None:
                 self._forget(drawing)
-            if handle is not None and not handle.done:
-                handle.cancel()
+                if handle is not None and not handle.done:
+                    drawing.cancel(handle, self._metrics.cancelled)
             if lease is not None and not lease.cancel() and lease.exception() is None:
                 self.models.release(task.model)
 

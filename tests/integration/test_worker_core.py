@@ -95,7 +95,7 @@ def test_a_file_names_the_layer_and_the_rescale_that_drew_it(opened: Open) -> No
     worker = opened()
     [info] = worker.models.infos
     assert info.max_clip_skip == 1  # its text encoder has two layers
-    asked = {"guidance": 3.0, "steps": 3}
+    asked: dict[str, Any] = {"guidance": 3.0, "steps": 3}
     files = {}
     for clip_skip, rescale in ((0, 0.0), (1, 0.0), (0, 0.7), (1, 0.7)):
         task = a_task(clip_skip=clip_skip, guidance_rescale=rescale, **asked)
@@ -135,6 +135,23 @@ def test_snapshots_come_as_often_as_their_compute_is_worth(opened: Open) -> None
     worker = opened(workers={"snapshot_every_s": 3600.0})
     [events] = draw(worker, a_task(**HARD))
     assert [type(event) for event in events] == [Started, Drawn]
+
+
+def test_a_cancelled_task_leaves_the_step_loop_and_is_measured(opened: Open) -> None:
+    """A later task is taken in after the cancel: when it is drawn, the other one has left."""
+    worker = opened()
+
+    async def leave() -> None:
+        async with aclosing(worker.draw(a_task(steps=150, listening=True))) as events:
+            async for event in events:
+                if isinstance(event, Stepped):
+                    break
+
+    asyncio.run(leave())
+    [events] = draw(worker, a_task())
+    picture_of(events)
+    assert "darkroom_cancel_seconds_count 1.0" in worker.metrics_text().decode()
+    assert worker.report().live == ()
 
 
 def test_a_deadline_that_has_passed_draws_nothing(opened: Open) -> None:
