@@ -108,7 +108,7 @@ class _Desk:
             request.receive, self.running.draw(tenant.id, draw, services.dispatcher)
         )
         record.drew(pictures)
-        services.metrics.drew(pictures, tenant=tenant.id)
+        services.metrics.drew(pictures, tenant=tenant.id, request_id=record.id)
         reply = DrawReply(
             images=encoded(pictures) if body.send_images is not False else [],
             parameters=parameters_echo(body),

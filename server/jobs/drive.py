@@ -31,13 +31,15 @@ class Means:
 
     Attributes:
         now_s: Unix time.
-        drew: told of each finished picture and its tenant, for the metrics.
+        drew: told of each finished picture, its tenant and its job, for the metrics.
+        ended: told of each job's end, and of the seconds since it was made.
     """
 
     dispatcher: Dispatcher
     store: JobStore
     now_s: Callable[[], float]
-    drew: Callable[[Drawn, str], None]
+    drew: Callable[[Drawn, str, str], None]
+    ended: Callable[[Status, float], None]
 
 
 class Drive:
@@ -56,6 +58,11 @@ class Drive:
         """Whether the dispatcher has taken the pictures that are left."""
         if job.cancelling:
             self._out.cancelling.set()
+
+    @property
+    def status(self) -> Status:
+        """How far the job is."""
+        return self._out.state.status
 
     def cancel(self) -> None:
         """End the job before its pictures' next step."""
@@ -193,7 +200,7 @@ class Drive:
         pictures = {**self._out.state.pictures, str(picture.index): known}
         self._out.change(pictures=pictures)
         self._out.tell("picture", known)
-        self._means.drew(picture, self._job.spec.tenant)
+        self._means.drew(picture, self._job.spec.tenant, self._job.spec.id)
 
     def _fail(self, error: BaseException) -> None:
         detail = body_of(error)["error"]
@@ -202,6 +209,8 @@ class Drive:
 
     def _end(self, status: Status, **data: Any) -> None:
         spec, state = self._job.spec, self._out.state
+        duration_s = self._means.now_s() - spec.created_at_s
+        self._means.ended(status, duration_s)
         fields: dict[str, Any] = {
             "job": spec.id,
             "tenant": spec.tenant,
@@ -209,7 +218,7 @@ class Drive:
             "status": status,
             "pictures": len(state.pictures),
             "attempts": self._job.state.attempts,
-            "duration_ms": round((self._means.now_s() - spec.created_at_s) * 1000),
+            "duration_ms": round(duration_s * 1000),
         }
         _log.info("job", extra={"darkroom_fields": fields})
         # The event first: the write that holds the final state is the last one.

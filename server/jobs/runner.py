@@ -15,11 +15,14 @@ from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
+from prometheus_client import CollectorRegistry
+
 from engine.errors import ClosedError, DarkroomError
 from server.config import JobsConfig
 from server.dispatch import Dispatcher
 from server.errors import ConflictError, JobsUnavailableError, NotFoundError
 from server.jobs.drive import Drive, Means
+from server.jobs.metrics import JobMetrics
 from server.jobs.records import (
     FINAL,
     MAX_EVENTS,
@@ -74,14 +77,18 @@ class JobRunner:
         beat_s: float = BEAT_S,
         alive_s: float = ALIVE_S,
     ) -> None:
-        def drew(picture: Drawn, tenant: str) -> None:
+        def drew(picture: Drawn, tenant: str, job_id: str) -> None:
             if metrics is not None:
-                metrics.drew([picture], tenant=tenant)
+                metrics.drew([picture], tenant=tenant, request_id=job_id)
 
+        counted = JobMetrics(CollectorRegistry()) if metrics is None else metrics.jobs
+        counted.watch(lambda: [drive.status for drive in self._drives.values()])
         self._store = store
         self._links = Links(store, ttl_s=config.link_ttl_s, now_s=now_s)
-        self._means = Means(dispatcher=dispatcher, store=store, now_s=now_s, drew=drew)
-        self._courier = courier or Courier(store, config, now_s=now_s)
+        self._means = Means(
+            dispatcher=dispatcher, store=store, now_s=now_s, drew=drew, ended=counted.ended
+        )
+        self._courier = courier or Courier(store, config, now_s=now_s, told=counted.delivery)
         self._owner = owner or f"gateway-{secrets.token_hex(8)}"
         self._now_s = now_s
         self._beat_s = beat_s

@@ -22,6 +22,7 @@ import httpx
 from engine.errors import DarkroomError, InvalidRequestError
 from server.config import JobsConfig
 from server.jobs.addresses import AllowedHosts, Resolve
+from server.jobs.metrics import Delivery
 from server.jobs.records import Job, WebhookTarget
 from server.jobs.store import JobStore
 
@@ -80,6 +81,7 @@ class Courier:
     Args:
         resolve: from (host, port) to addresses; by default the system's resolver.
         transport: of the HTTP client; by default the network.
+        told: of what became of each try, for the metrics.
         jitter: from 0 to 1, drawn for each wait, so that receivers that were down are not stormed.
     """
 
@@ -91,6 +93,7 @@ class Courier:
         now_s: Callable[[], float],
         resolve: Resolve | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
+        told: Callable[[Delivery], None] = lambda _: None,
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self._store = store
@@ -99,6 +102,7 @@ class Courier:
         self._now_s = now_s
         self._resolve = resolve
         self._transport = transport
+        self._told = told
         self._jitter = jitter
         self._client: httpx.AsyncClient | None = None
         self._slots = asyncio.Semaphore(_AT_ONCE)
@@ -145,25 +149,28 @@ class Courier:
         """One try."""
         target = job.spec.webhook
         assert target is not None
+        outcome: Delivery = "retried"
         try:
             async with asyncio.timeout(_WHOLE_S):
-                again = await self._post(job, target)
+                outcome = await self._post(job, target)
         except DarkroomError as error:
             _log.warning("the webhook of %s is given up: %s", job.spec.id, error)
-            again = False
+            outcome = "given_up"
         except (httpx.HTTPError, OSError, TimeoutError) as error:
             _log.info("the webhook of %s failed: %s", job.spec.id, type(error).__name__)
-            again = True
+        if outcome == "retried" and tries + 1 >= self._attempts:
+            outcome = "given_up"
+        self._told(outcome)
         try:
-            if again and tries + 1 < self._attempts:
+            if outcome == "retried":
                 await self._store.put_off_webhook(job.spec.id, self._wait_s(tries))
             else:
                 await self._store.settle_webhook(job.spec.id)
         except DarkroomError:
             _log.info("the store is away; the webhook of %s is due again in a while", job.spec.id)
 
-    async def _post(self, job: Job, hook: WebhookTarget) -> bool:
-        """Whether to try again."""
+    async def _post(self, job: Job, hook: WebhookTarget) -> Delivery:
+        """What became of it; ``retried`` where another try may help."""
         target = self._hosts.check(hook.url)
         address = await self._hosts.resolve(target, self._resolve)
         body = json.dumps(notice(job), separators=(",", ":")).encode()
@@ -188,9 +195,10 @@ class Courier:
         answer = await self._open().send(request, stream=True)
         await answer.aclose()
         if answer.is_success:
-            return False
+            return "delivered"
         _log.info("the webhook of %s was answered with %d", job.spec.id, answer.status_code)
-        return answer.is_server_error or answer.status_code in _TRY_AGAIN
+        passing = answer.is_server_error or answer.status_code in _TRY_AGAIN
+        return "retried" if passing else "given_up"
 
     def _open(self) -> httpx.AsyncClient:
         if self._client is None:

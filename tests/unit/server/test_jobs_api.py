@@ -116,13 +116,44 @@ async def test_a_job_from_its_making_to_its_pictures() -> None:
 async def test_a_job_draws_with_all_that_it_asked_for() -> None:
     """What a request says is packed and unpacked on its way to the engine."""
     async with serving() as server:
-        asked = {"clip_skip": 2, "guidance_rescale": 0.7, "guidance_interval": [0.1, 0.9]}
-        await server.ended((await server.make(**asked))["id"])
+        asked: dict[str, Any] = {"clip_skip": 2, "guidance_rescale": 0.7}
+        made = await server.make(guidance_interval=[0.1, 0.9], **asked)
+        await server.ended(made["id"])
         [task] = server.dispatcher.tasks
         assert (task.request.clip_skip, task.request.guidance_rescale) == (2, 0.7)
         assert task.request.guidance_interval == (0.1, 0.9)
         refused = await server.make(status=422, clip_skip=9)
         assert refused["error"]["param"] == "clip_skip"
+
+
+async def test_jobs_are_counted_in_the_metrics() -> None:
+    async with serving() as server:
+        page = (await server.client.get("/metrics")).text
+        assert sample(page, "darkroom_jobs_ended_total", outcome="failed") == 0.0
+        assert sample(page, "darkroom_webhook_deliveries_total", outcome="given_up") == 0.0
+        await server.ended((await server.make())["id"])
+        server.dispatcher.failures[0] = ExecutionError("NaN at step 3")
+        await server.ended((await server.make())["id"])
+        server.dispatcher.hangs = True
+        hanging = (await server.make())["id"]
+        page = (await server.client.get("/metrics")).text
+        assert sample(page, "darkroom_jobs", status="queued") == 1.0
+        assert sample(page, "darkroom_jobs", status="running") == 0.0
+        await server.client.delete(f"/v1/jobs/{hanging}")
+        await server.ended(hanging)
+        page = (await server.client.get("/metrics")).text
+        for outcome in ("succeeded", "failed", "cancelled"):
+            assert sample(page, "darkroom_jobs_ended_total", outcome=outcome) == 1.0
+            assert sample(page, "darkroom_job_seconds_count", outcome=outcome) == 1.0
+        assert sample(page, "darkroom_gateway_pictures_total", model="tintype") == 1.0
+
+
+def sample(page: str, name: str, **labels: str) -> float:
+    """The one sample of that name with these labels among its own."""
+    said = [f'{label}="{value}"' for label, value in labels.items()]
+    lines = [line for line in page.splitlines() if line.startswith(name + "{")]
+    [line] = [line for line in lines if all(label in line for label in said)]
+    return float(line.rpartition(" ")[2])
 
 
 async def test_location_names_the_job() -> None:

@@ -171,6 +171,7 @@ class Bench:
         self.receiver = Receiver(*answers)
         self.resolved: list[tuple[str, int]] = []
         self.addresses: list[list[str]] = []
+        self.told: list[str] = []
         self.store = MemoryJobStore(Bounds(), now_s=lambda: self.now_s)
         self.courier = Courier(
             self.store,
@@ -178,6 +179,7 @@ class Bench:
             now_s=lambda: self.now_s,
             resolve=self.resolve,
             transport=httpx.MockTransport(self.receiver),
+            told=self.told.append,
             jitter=lambda: 1.0,
         )
 
@@ -253,6 +255,7 @@ async def test_what_may_pass_is_tried_again_later_and_later(answer: int | Except
     bench.now_s += 6.0
     await bench.deliver()
     assert len(bench.receiver.requests) == 3
+    assert bench.told == ["retried", "retried", "delivered"]
 
 
 @pytest.mark.anyio
@@ -263,6 +266,7 @@ async def test_it_is_given_up_after_the_configured_attempts() -> None:
         await bench.deliver()
         bench.now_s += 1000.0
     assert len(bench.receiver.requests) == 2
+    assert bench.told == ["retried", "given_up"]
 
 
 @pytest.mark.anyio
@@ -276,6 +280,7 @@ async def test_what_will_not_pass_is_not_tried_again_and_redirects_are_not_follo
     bench.now_s += 1000.0
     await bench.deliver()
     assert len(bench.receiver.requests) == 1
+    assert bench.told == ["given_up"]
 
 
 @pytest.mark.anyio
@@ -296,6 +301,7 @@ async def test_a_host_that_is_no_longer_allowed_is_not_called() -> None:
     await bench.finish("https://other.example/")
     await bench.deliver()
     assert bench.receiver.requests == []
+    assert bench.told == ["given_up"]
 
 
 @pytest.mark.anyio
