@@ -51,6 +51,41 @@ def test_every_process_is_on_the_metrics_page(served: Served) -> None:
     assert served.metric("darkroom_router_grants_total") >= 1
 
 
+def test_serves_own_paths_are_answered_although_its_proxy_is_off(served: Served) -> None:
+    assert httpx.get(f"{served.url}/-/healthz", timeout=30.0).text == "success"
+    assert httpx.get(f"{served.url}/-/routes", timeout=30.0).json() == {"/": "darkroom"}
+
+
+def test_a_job_is_drawn_told_of_and_counted(served: Served) -> None:
+    before = served.metric("darkroom_jobs_ended_total")
+    asked = {"prompt": "a red umbrella", "seed": 1, "steps": 4, "n": 2}
+    key = {"idempotency-key": "once"}
+    made = httpx.post(f"{served.url}/v1/jobs", json=asked, headers=key, timeout=30.0)
+    assert made.status_code == 202, made.text
+    id = made.json()["id"]
+    again = httpx.post(f"{served.url}/v1/jobs", json=asked, headers=key, timeout=30.0)
+    assert again.json()["id"] == id
+    events = httpx.get(f"{served.url}/v1/jobs/{id}/events", timeout=120.0).text  # to the last one
+    told = [line for line in events.splitlines() if line.startswith("event: ")]
+    assert told[-1] == "event: done"
+    assert told.count("event: picture") == 2
+    done = httpx.get(f"{served.url}/v1/jobs/{id}", timeout=30.0).json()
+    assert [item["darkroom"]["seed"] for item in done["data"]] == [1, 2]
+    with Image.open(BytesIO(httpx.get(done["data"][0]["url"], timeout=30.0).content)) as picture:
+        assert picture.size == (32, 32)
+    assert served.metric("darkroom_jobs_ended_total") == before + 1
+
+
+def test_a_job_that_is_cancelled_frees_the_worker(served: Served) -> None:
+    asked = {"prompt": "a red umbrella", "steps": 1000, "n": 4}
+    id = httpx.post(f"{served.url}/v1/jobs", json=asked, timeout=30.0).json()["id"]
+    wait_until(lambda: served.metric("darkroom_live_tasks") > 0)
+    httpx.delete(f"{served.url}/v1/jobs/{id}", timeout=30.0)
+    wait_until(lambda: served.metric("darkroom_live_tasks") == 0)
+    assert httpx.get(f"{served.url}/v1/jobs/{id}", timeout=30.0).json()["status"] == "cancelled"
+    assert served.metric("darkroom_cancel_seconds_count") >= 1
+
+
 def test_only_the_worker_has_the_heavy_libraries(served: Served) -> None:
     """Read from what the processes have mapped, not from what they say."""
 
