@@ -24,8 +24,9 @@ Picture: TypeAlias = Any
 
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """Of the steps; NIRVANA's end at a half."""
-BEYOND_ERROR = 2.0
-"""Standard errors by which fewer steps must keep more to count as better."""
+BEYOND_ERROR = 1.0
+"""Standard errors by which fewer steps must keep more to count as better: with few pairs a larger
+number would let jumps pass whose harm one can see."""
 BINS = (0.55, 0.65, 0.75, 0.85, 0.90, 0.95, 0.999)
 """Lower edges of the bins of similarity; the last one holds repeats of a prompt."""
 
@@ -173,10 +174,11 @@ def table_of(quality: Sequence[Quality], *, keep: float, most: float) -> JumpTab
     for low in sorted({row.low for row in quality}, reverse=True):
         rows = sorted((r for r in quality if r.low == low), key=lambda row: row.share)
         share = 0.0
-        for row in rows:  # up to the first jump that costs too much
-            if row.ratio < keep or row.beaten:
+        for row in rows:
+            if row.ratio < keep:  # what lies beyond costs more still, whatever chance says
                 break
-            share = row.share
+            if not row.beaten:
+                share = row.share
         allowed = min(allowed, share)
         if allowed <= 0:
             break

@@ -136,7 +136,9 @@ def test_a_jump_that_fewer_steps_beat_is_not_in_the_table() -> None:
     assert table_of(rows, keep=0.98, most=0.5).steps == ((0.9, 0.2),)
     beaten = [*rows, quality(share=0.3, kept=0.985, fewer=1.0)]
     assert table_of(beaten, keep=0.98, most=0.5).steps == ((0.9, 0.2),)
-    within_the_error = [*rows, quality(share=0.3, kept=0.985, fewer=1.0, error=0.01)]
+    deeper = [*beaten, quality(share=0.4, kept=0.985, fewer=0.97)]
+    assert table_of(deeper, keep=0.98, most=0.5).steps == ((0.9, 0.4),)
+    within_the_error = [*rows, quality(share=0.3, kept=0.985, fewer=1.0, error=0.02)]
     assert table_of(within_the_error, keep=0.98, most=0.5).steps == ((0.9, 0.3),)
 
 
