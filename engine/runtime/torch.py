@@ -6,8 +6,9 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ _MAX_CAPTURES = 16
 """CUDA graphs kept for one segment; each holds the memory of its inputs."""
 
 _Function = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class TorchRuntime(Runtime):
@@ -81,13 +84,16 @@ class TorchRuntime(Runtime):
         key = folder, part if part in ("text", "vae") else "unet"
         with self._lock:
             if key not in self._parts:
-                self._parts[key] = {s.name: s for s in self._load(*key, manifest)}
+                # Splitting a network runs it once: that, too, is the crew's work.
+                load = self._load if self._crew is None else self._crew.hand(self._load)
+                self._parts[key] = {s.name: s for s in load(*key, manifest)}
             module = self._parts[key][segment.name].module
         function: _Function = module
         if self._compile:
             function = torch.compile(module, dynamic=False, mode="max-autotune-no-cudagraphs")
         if self._cuda_graphs:
             function = _Recorded(function)
+        function = partial(_without_gradients, function)
         return TorchGraph(segment, function if self._crew is None else self._crew.hand(function))
 
     def close(self) -> None:
@@ -121,10 +127,11 @@ class TorchRuntime(Runtime):
 class _Crew:
     """One thread that runs every graph, so that graphs share one team of OpenMP threads.
 
-    OpenMP keeps a team for each thread that ever ran a parallel loop. With two such threads (the
-    step loop, and whoever encodes prompts) two teams of N share N cores; they then sleep instead
-    of spin between loops, and a small UNet has thousands of these. The loop and the decoder have no
-    team (:func:`engine.threads.compute_alone`); whatever else uses torch in the process brings one.
+    OpenMP keeps a team for each thread that ever ran a parallel loop. With two such threads (this
+    one, and whoever split the network, say) two teams of N share N cores; they then sleep instead
+    of spin between loops, and a small UNet has thousands of these: it ran half as fast. The loop
+    and the decoder have no team (:func:`engine.threads.compute_alone`); whatever else uses torch in
+    the process brings one.
     """
 
     def __init__(self, threads: int) -> None:
@@ -135,11 +142,11 @@ class _Crew:
             initargs=(threads,),
         )
 
-    def hand(self, function: _Function) -> _Function:
+    def hand(self, function: Callable[_P, _R]) -> Callable[_P, _R]:
         """``function``, run on the crew's thread."""
 
-        def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return self._pool.submit(_without_gradients, function, feeds).result()
+        def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            return self._pool.submit(function, *args, **kwargs).result()
 
         return run
 
@@ -169,7 +176,7 @@ class TorchGraph(Graph):
             if self._function is None:
                 raise ExecutionError(f"{self.spec.name} is closed")
             try:
-                return _without_gradients(self._function, feeds)
+                return self._function(feeds)
             except (RuntimeError, ValueError, KeyError, MemoryError) as error:
                 raise failure(self.spec.name, error) from error
 

@@ -70,3 +70,21 @@ def test_with_one_thread_graphs_run_where_they_are_called(monkeypatch: pytest.Mo
     graph = open_graph(monkeypatch, 1, seen)
     graph.run({"x": torch.ones(2)})
     assert seen == [(threading.current_thread().name, 1, False)]
+
+
+@pytest.mark.parametrize(("threads", "expected"), [(2, "darkroom-torch_0"), (1, None)])
+def test_networks_are_split_where_they_run(
+    monkeypatch: pytest.MonkeyPatch, threads: int, expected: str | None
+) -> None:
+    """Splitting runs the network once, and leaves a team with the thread that did it."""
+    loaded_on: list[str] = []
+
+    def load(*_: object) -> list[object]:
+        loaded_on.append(threading.current_thread().name)
+        return [SimpleNamespace(name="mid", module=None)]
+
+    monkeypatch.setattr(TorchRuntime, "_load", load)
+    runtime = TorchRuntime(threads=threads)
+    runtime.open(Path("nowhere"), MANIFEST, segment("mid", {"x": "float32"}, ["y"]))
+    runtime.close()
+    assert loaded_on == [expected or threading.current_thread().name]
