@@ -25,7 +25,8 @@ from engine.ports import StateKind
 from engine.types import GenerateRequest, Image
 from loadtests.common import conditions
 from server.cache_bench import Bench
-from server.cache_cli import KINDS, calibration_table, shares_of
+from server.cache_cli import KINDS, shares_of
+from server.cache_tables import calibration_table
 from server.cache_wiring import evaluator, opened_model, pairs_of_world
 from server.settings import Settings
 
