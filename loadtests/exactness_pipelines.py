@@ -138,7 +138,7 @@ class Reference:
             "inpaint": lambda: diffusers.AutoPipelineForInpainting.from_pipe(self._pipe),
         }[case.mode]()
         if case.solver != "lcm":
-            pipe.scheduler = scheduler_class.from_config(self._config, **keys)
+            pipe.scheduler = _begun(scheduler_class.from_config(self._config, **keys))
         pipe.set_progress_bar_config(disable=True)
         inputs: dict[str, Any] = {}
         if case.mode != "text":
@@ -160,6 +160,23 @@ class Reference:
             output_type="latent",
             **inputs,
         ).images[0]
+
+
+def _begun(scheduler: Any) -> Any:
+    """A scheduler that is told to begin at its first step, as image-to-image pipelines tell it.
+
+    Text-to-image pipelines leave it to look its first timestep up. Where two round to the same
+    number (exponential sigmas of few steps) it takes the second, and runs out of steps at the end.
+    """
+    set_timesteps = scheduler.set_timesteps
+
+    def begin(*args: Any, **kwargs: Any) -> None:
+        set_timesteps(*args, **kwargs)
+        scheduler.set_begin_index(0)
+
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_timesteps = begin
+    return scheduler
 
 
 def request_of(
