@@ -17,3 +17,11 @@ def exemplar_of(request_id: str | None) -> dict[str, str] | None:
     if request_id is None or not REQUEST_ID.fullmatch(request_id):
         return None
     return {"request_id": request_id}
+
+
+def exemplar_of_task(request_id: str) -> dict[str, str] | None:
+    """The same for what a task calls its request: the request's or job's id, a dot, and a suffix.
+
+    Only the part before the suffix means something to whoever asked, and in the log.
+    """
+    return exemplar_of(request_id.rpartition(".")[0])

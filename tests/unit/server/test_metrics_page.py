@@ -40,7 +40,7 @@ def a_picture() -> Drawn:
 
 def worker_page(request_id: str = ID) -> bytes:
     metrics = WorkerMetrics()
-    metrics.drawn("tiny", a_picture(), request_id=request_id)
+    metrics.drawn("tiny", a_picture(), request_id=f"{request_id}.{'0' * 12}")
     metrics.ticked("tiny", members=1, rows=2, seconds=0.1, most=8)
     return metrics.text()
 
