@@ -32,13 +32,18 @@ class RunningServer:
         self.url = url
         self._process = psutil.Process(process.pid)
 
+    @property
+    def root(self) -> psutil.Process:
+        """The process that was started."""
+        return self._process
+
     def cpu_s(self) -> dict[str, float]:
         """CPU seconds so far, by what the process is; those of one kind added up."""
         seconds: dict[str, float] = {}
         for process in [self._process, *self._process.children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 times = process.cpu_times()
-                kind = _kind(process.cmdline())
+                kind = kind_of(process.cmdline())
                 seconds[kind] = seconds.get(kind, 0.0) + times.user + times.system
         return seconds
 
@@ -115,7 +120,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             orphan.kill()
 
 
-def _kind(command: Sequence[str]) -> str:
+def kind_of(command: Sequence[str]) -> str:
     """What a process is, from its command line: Ray names its replicas there."""
     line = " ".join(command)
     for word in ("Gateway", "Router", "Worker", "ServeController"):

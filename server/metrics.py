@@ -15,6 +15,7 @@ from engine.ports import Clock, SystemClock
 from engine.types import Timings
 from server.exemplars import exemplar_of
 from server.jobs.metrics import JobMetrics
+from server.loop_metrics import watch_loop
 from server.messages import Drawn
 from server.metrics_page import Format, Join, page_of
 
@@ -82,6 +83,7 @@ class GatewayMetrics:
             registry=self.registry,
         )
         self.jobs = JobMetrics(self.registry)
+        watch_loop(self.registry)
 
     def ended(
         self,

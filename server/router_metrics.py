@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from server.loop_metrics import watch_loop
 from server.messages import Load
 from server.metrics_page import page_of
 
@@ -13,6 +14,7 @@ class RouterMetrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
+        watch_loop(self._registry)
         self._gauges = {
             name: Gauge(f"darkroom_router_{name}", text, registry=self._registry)
             for name, text in (

@@ -17,7 +17,8 @@ from prometheus_client import (
 from prometheus_client.registry import Collector
 
 from server.errors import row_of
-from server.exemplars import exemplar_of
+from server.exemplars import exemplar_of_task
+from server.loop_metrics import watch_loop
 from server.memory import used_bytes
 from server.messages import Drawn
 from server.metrics_page import page_of
@@ -33,6 +34,7 @@ class WorkerMetrics:
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
+        watch_loop(registry)
         model = ("model",)
         self._tick_s = Histogram(
             "darkroom_tick_seconds",
@@ -136,9 +138,9 @@ class WorkerMetrics:
         self._saturation.labels(model).set(most)
         self._steps.labels(model).inc(members)
 
-    def drawn(self, model: str, picture: Drawn, *, request_id: str | None = None) -> None:
-        """A picture leaves."""
-        exemplar = exemplar_of(request_id)
+    def drawn(self, model: str, picture: Drawn, *, request_id: str) -> None:
+        """A picture leaves; ``request_id`` is its task's."""
+        exemplar = exemplar_of_task(request_id)
         self._pictures.labels(model).inc()
         times = picture.timings
         for phase in ("queue", "encode", "cache", "denoise", "decode"):

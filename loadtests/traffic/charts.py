@@ -18,6 +18,7 @@ Line = Mapping[str, Any]
 QUANTILES = ((0.5, "p50"), (0.95, "p95"), (0.99, "p99"))
 
 mpl.rcParams["svg.hashsalt"] = "darkroom"  # the same figures give the same file
+mpl.rcParams["svg.fonttype"] = "none"  # text as text: a third of the size, and it can be searched
 
 
 def latency_against_rate(

@@ -1,11 +1,13 @@
 """Open loop: sends requests at their planned times, whatever the server does.
 
-    python -m loadtests.traffic.run --base http://127.0.0.1:8000 --levels 0.3,0.7,1.1 \
-        --duration-s 200 --out out/load
+    python -m loadtests.traffic.run --serve --levels 0.3,0.7,1.1 --duration-s 200 --out out/load
 
-Measures the server's capacity first (closed loop, uniform requests), then runs each level at that
-multiple of it and writes ``requests.jsonl``, ``metrics.jsonl``, ``run.json``, a few pictures, and
-``report.html``. The exit status is 1 when a threshold of ``--thresholds`` is missed.
+With ``--serve`` it starts a server of its own (with ``--config`` that one's configuration), else it
+asks the one at ``--base``. Measures the server's capacity first (closed loop, uniform requests),
+then runs each level at that multiple of it and writes ``requests.jsonl``, ``metrics.jsonl``,
+``run.json``, a few pictures, and ``report.html``, which needs no other file. The exit status is 1
+when a threshold of ``--thresholds`` is missed. Two runs side by side:
+``python -m loadtests.traffic.report A B``.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from gevent import monkey
 monkey.patch_all()
 
 import argparse  # noqa: E402
+import contextlib  # noqa: E402
 import json  # noqa: E402
 import resource  # noqa: E402
 import sys  # noqa: E402
@@ -34,6 +37,7 @@ from loadtests.traffic.client import Outcome, send  # noqa: E402
 from loadtests.traffic.machine import describe_machine  # noqa: E402
 from loadtests.traffic.plan import UNIFORM, Mix, Planned, plan  # noqa: E402
 from loadtests.traffic.scrape import Scraper  # noqa: E402
+from loadtests.traffic.served import darkroom, describe_config  # noqa: E402
 
 MAX_OPEN = 2000
 """Requests in flight at once; one more is not sent and counted as ``driver:full``."""
@@ -42,9 +46,23 @@ MAX_OPEN = 2000
 def main() -> int:
     """Run, report, and judge."""
     options = _options()
+    with contextlib.ExitStack() as stack:
+        about = {"configuration": "that of a server which was there already"}
+        if options.serve:
+            options.base = stack.enter_context(darkroom(options.config)).url
+            about = {"configuration": describe_config(options.config)}
+        return _run(options, about)
+
+
+def _run(options: argparse.Namespace, about_server: dict[str, str]) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
+    for old in options.out.glob("picture-*.png"):  # of a run before, in the same folder
+        old.unlink()
     headers = {"Authorization": f"Bearer {options.key}"} if options.key else {}
+    if not options.capacity:
+        print(f"measuring the capacity for {options.warm_s:g} s …", flush=True)
     capacity_per_s = options.capacity or measure_capacity(options.base, headers, options.warm_s)
+    print(f"capacity: {capacity_per_s:.2f} pictures a second", flush=True)
     scraper = Scraper(options.base, headers, options.out / "metrics.jsonl", every_s=5.0)
     watching = gevent.spawn(scraper.run)
     cpu_before_s = _own_cpu_s()
@@ -71,7 +89,7 @@ def main() -> int:
         "seed": options.seed,
         "began_s": began_s,
         "driver_cpu_share": (_own_cpu_s() - cpu_before_s) / (time.time() - began_s),
-        "machine": describe_machine(),
+        "machine": describe_machine() | about_server,
         "command": "python -m loadtests.traffic.run " + " ".join(sys.argv[1:]),
     }
     (options.out / "run.json").write_text(json.dumps(about, indent=1))
@@ -177,7 +195,10 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--base", default="http://127.0.0.1:8000")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--base", default="http://127.0.0.1:8000")
+    where.add_argument("--serve", action="store_true", help="start a server for the run")
+    parser.add_argument("--config", type=Path, help="of the server that is started")
     parser.add_argument("--key", help="an API key, where the server wants one")
     parser.add_argument("--levels", type=_floats, default=[0.3, 0.7, 1.1], help="times capacity")
     parser.add_argument("--capacity", type=float, help="pictures a second; measured by default")
