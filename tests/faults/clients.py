@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import itertools
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +29,8 @@ class Reply:
     status: int
     retry_after_s: int | None
     pictures: tuple[Image, ...] = ()
+    plan: str = ""
+    """What drew them, by its digest."""
 
 
 def draw(served: Served, *, seed: int = 0, steps: int = LONG_STEPS, **body: Any) -> Reply:
@@ -41,8 +46,10 @@ def draw(served: Served, *, seed: int = 0, steps: int = LONG_STEPS, **body: Any)
     wait_s = reply.headers.get("retry-after")
     if reply.status_code != 200:
         return Reply(reply.status_code, None if wait_s is None else int(wait_s))
-    encoded = [base64.b64decode(item["b64_json"]) for item in reply.json()["data"]]
-    return Reply(200, None, tuple(pixels(picture) for picture in encoded))
+    data = reply.json()["data"]
+    encoded = [base64.b64decode(item["b64_json"]) for item in data]
+    pictures = tuple(pixels(picture) for picture in encoded)
+    return Reply(200, None, pictures, data[0]["darkroom"]["plan_digest"])
 
 
 def draw_many(served: Served, count: int, **body: Any) -> list[Future[Reply]]:
@@ -51,6 +58,28 @@ def draw_many(served: Served, count: int, **body: Any) -> list[Future[Reply]]:
     asked = [pool.submit(draw, served, seed=seed, **body) for seed in range(count)]
     pool.shutdown(wait=False)
     return asked
+
+
+@contextlib.contextmanager
+def asking(served: Served, clients: int, **body: Any) -> Iterator[list[Reply]]:
+    """Clients that ask again as soon as they are answered, until the block ends; their replies."""
+    got: list[Reply] = []
+    leaving = threading.Event()
+    seeds = itertools.count()
+
+    def ask() -> None:
+        while not leaving.is_set():
+            got.append(draw(served, seed=next(seeds), **body))
+
+    threads = [threading.Thread(target=ask) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield got
+    finally:
+        leaving.set()
+        for thread in threads:
+            thread.join()
 
 
 def replies(asked: list[Future[Reply]]) -> list[Reply]:
