@@ -3,7 +3,8 @@
     python -m deploy.grafana.check --prometheus http://127.0.0.1:9090 --minutes 10 --out out/panels
 
 Needs a Prometheus that has scraped a server under load. The exit status is 1 when an expression is
-refused, or gives nothing without a stated reason. PNGs are for people; what counts is the list.
+refused, or gives nothing without a stated reason. PNGs are for people, one for each panel and
+``dashboards.png`` with all of them; what counts is the list.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from deploy.grafana.boards import BOARDS
 from deploy.grafana.panels import Board, Panel, Query
 
 STEP_S = 5
+PANELS_A_ROW = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +45,11 @@ def main() -> int:
     options = _options()
     options.out.mkdir(parents=True, exist_ok=True)
     empty = 0
+    shown: list[tuple[Board, Panel, Sequence[Series]]] = []
     for board in BOARDS:
         for panel in (panel for row in board.rows for panel in row.panels):
             series = ask(options.prometheus, panel, options.minutes * 60)
+            shown.append((board, panel, series))
             if not series:
                 reason = panel.may_be_empty
                 empty += reason is None
@@ -52,6 +57,7 @@ def main() -> int:
                 continue
             draw(panel, series, options.out / f"{_slug(board, panel)}.png")
             print(f"ok     {board.title} / {panel.title}: {len(series)} series")
+    sheet(shown, options.out / "dashboards.png")
     print(f"{empty} panels are empty without a reason")
     return 1 if empty else 0
 
@@ -81,7 +87,28 @@ def _ask(prometheus: str, query: Query, seconds: float) -> list[Series]:
 def draw(panel: Panel, series: Sequence[Series], path: Path) -> None:
     """One panel as a PNG."""
     figure = Figure(figsize=(6, 3.4), layout="constrained")
-    axes = figure.subplots()
+    _draw(panel, series, figure.subplots())
+    figure.savefig(path, dpi=90)
+
+
+def sheet(shown: Sequence[tuple[Board, Panel, Sequence[Series]]], path: Path) -> None:
+    """All panels on one PNG, as the dashboards have them: three in a row."""
+    rows = -(-len(shown) // PANELS_A_ROW)
+    figure = Figure(figsize=(5 * PANELS_A_ROW, 2.6 * rows), layout="constrained")
+    places = figure.subplots(rows, PANELS_A_ROW, squeeze=False).flat
+    for axes, (board, panel, series) in zip(places, shown, strict=False):
+        if series:
+            _draw(panel, series, axes)
+        else:
+            axes.text(0.5, 0.5, f"empty: {panel.may_be_empty}", ha="center", va="center")
+            axes.set_axis_off()
+        axes.set_title(f"{board.title.removeprefix('Darkroom: ')} / {panel.title}", fontsize=9)
+    for axes in places:  # what is left of the last row
+        axes.set_axis_off()
+    figure.savefig(path, dpi=60)
+
+
+def _draw(panel: Panel, series: Sequence[Series], axes: Axes) -> None:
     start_s = min(line.points[0][0] for line in series)
     for line in series:
         axes.plot(
@@ -95,7 +122,6 @@ def draw(panel: Panel, series: Sequence[Series], path: Path) -> None:
     axes.grid(alpha=0.25)
     if len(series) <= 12:
         axes.legend(fontsize="x-small")
-    figure.savefig(path, dpi=90)
 
 
 def _points(values: Sequence[Any]) -> list[tuple[float, float]]:

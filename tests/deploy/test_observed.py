@@ -22,6 +22,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from PIL import Image
 
 from deploy.grafana import check
 from deploy.grafana.boards import BOARDS
@@ -71,6 +72,23 @@ def test_a_panel_shows_something(prometheus: str, board: str, panel: Panel, tmp_
         path = tmp_path / "panel.png"
         check.draw(panel, series, path)
         assert path.stat().st_size > 2000
+
+
+def test_the_whole_sheet_is_drawn(prometheus: str, tmp_path: Path) -> None:
+    shown = [
+        (board, panel, check.ask(prometheus, panel, LOAD_S + 30))
+        for board in BOARDS
+        for row in board.rows
+        for panel in row.panels
+    ]
+    # Whoever wants to look at it names a folder with --basetemp.
+    path = tmp_path / "dashboards.png"
+
+    check.sheet(shown, path)
+
+    with Image.open(path) as picture:
+        assert picture.height > 100 * len(shown) / check.PANELS_A_ROW
+    assert path.stat().st_size < 600_000
 
 
 @pytest.mark.parametrize("rule", ["darkroom-recording", "darkroom-objectives", "darkroom-causes"])
