@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+_tags = itertools.count()
 SUBNET = "198.18.77"
 """Of the range that is set aside for measuring networks."""
 
@@ -78,7 +80,8 @@ def two_machines() -> Iterator[tuple[Machine, Machine]]:
 
     Whatever runs in them when the block ends is killed.
     """
-    tag = f"dr{os.getpid()}"
+    # A name of its own each time: what a namespace held goes a moment after it.
+    tag = f"dr{os.getpid()}{next(_tags)}"
     bridge = f"{tag}b"
     machines = [Machine(f"{tag}-{i}", f"{SUBNET}.{i + 2}") for i in range(2)]
     try:
