@@ -15,6 +15,7 @@ from engine.compile.export import GraphSource
 from engine.compile.manifest import TensorSpec
 from engine.compile.onnx_graph import write_graphs
 from engine.errors import UnsupportedError
+from engine.runtime.onnxruntime import set_threads
 
 
 class Attention(nn.Module):
@@ -63,7 +64,11 @@ def test_attention_that_no_graph_can_hold_is_refused_by_name(
 def test_plain_attention_is_written_as_torch_computes_it(tmp_path: Path) -> None:
     module = Attention()
     write_graphs(source_of(module), tmp_path / "x.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "x.onnx", providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    set_threads(options, 1)  # another test of this process may have made the shared pool
+    session = onnxruntime.InferenceSession(
+        tmp_path / "x.onnx", options, providers=["CPUExecutionProvider"]
+    )
     x = torch.randn(3, 4, 11, 8)
     (found,) = session.run(None, {"x": x.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), module({"x": x})["y"], rtol=1e-5, atol=1e-6)
