@@ -52,6 +52,7 @@ class Variant:
     sets: tuple[str, ...] = ("seen", "unseen")
     limit: int | None = None
     outlines: bool = False  # of the scenes' renderings, through the ControlNet
+    words: bool = True  # without them, only the outlines say what to draw
 
 
 VARIANTS = {
@@ -65,6 +66,7 @@ VARIANTS = {
         for scale in (0.5, 1.0)
     },
     "outline": Variant(sets=("seen",), limit=STYLE_PROMPTS, outlines=True),
+    "outline-wordless": Variant(sets=("seen",), limit=STYLE_PROMPTS, outlines=True, words=False),
 }
 
 
@@ -125,7 +127,7 @@ def draw(
     """Pictures of some prompts, uint8 ``(n, h, w, 3)``; each from its own seed."""
     control = {} if outlines is None else {"image": [Image.fromarray(o) for o in outlines]}
     pictures = pipe(
-        [item.prompt for item in items],
+        [item.prompt if variant.words else "" for item in items],
         generator=[torch.Generator().manual_seed(item.seed) for item in items],
         num_inference_steps=variant.steps,
         guidance_scale=variant.guidance,

@@ -173,12 +173,20 @@ def style_figures(loupe: Loupe, work: Path, name: str) -> dict[str, float]:
 
 
 def outline_figures(work: Path) -> dict[str, float]:
-    """How well edges follow the outlines that were asked for, with the ControlNet and without."""
+    """How well edges follow the outlines that were asked for, with the ControlNet and without.
+
+    The world draws a thing alone in one way, so that words say nearly as much as its outlines do.
+    What the outlines do by themselves shows without words, beside another thing's outlines.
+    """
     items, controlled = load_pictures(work, "outline")
+    wordless_items, wordless = load_pictures(work, "outline-wordless")
     free_items, free = load_pictures(work, "steps-20")
     asked = outline_pictures(rendered(items, WideAtlas(work)))
     same = [free_items.index(item) for item in items]
+    of_wordless = asked[[items.index(item) for item in wordless_items]]
     return {
+        "wordless": outline_agreement(wordless, of_wordless),
+        "wordless_others": outline_agreement(wordless, np.roll(of_wordless, 1, axis=0)),
         "with": outline_agreement(controlled, asked),
         "without": outline_agreement(free[same], asked),
         "pictures": float(len(items)),
@@ -222,7 +230,7 @@ def main() -> None:
             report["variants"][name] = measure(loupe, options.work, name, references)
         elif name == "outline":
             report["outlines"] = outline_figures(options.work)
-        else:
+        elif VARIANTS[name].words:
             report["styles"][name] = style_figures(loupe, options.work, name)
     items = load_pictures(options.work, whole[0])[0][::AUTOENCODER_STRIDE]
     decoded = through_autoencoder(options.models, rendered(items, WideAtlas(options.work)))

@@ -74,6 +74,8 @@ def table(report: dict[str, Any]) -> str:
         lines += [
             f"Edges against the outlines given, F1 within 2 px, {found['pictures']:.0f} pictures:",
             f"{found['with']:.3f} with the ControlNet, {found['without']:.3f} without.",
+            f"Without words: {found['wordless']:.3f} against their own outlines,",
+            f"{found['wordless_others']:.3f} against another thing's.",
             "",
         ]
     times = ", ".join(f"{name} {value:.2f}" for name, value in report["seconds"].items())

@@ -53,7 +53,7 @@ def run(monkeypatch: pytest.MonkeyPatch, stage: ModuleType, models: Path, *optio
 def test_prompts_become_pictures_and_figures(
     models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    draw = ["--variant", "steps-20", "outline", "--smoke", "--device", "cpu"]
+    draw = ["--variant", "steps-20", "outline", "outline-wordless", "--smoke", "--device", "cpu"]
     run(monkeypatch, drawing, models, *draw)
     path = drawing.chunk_path(models, "steps-20", 0)
     first = path.stat().st_mtime_ns
@@ -67,6 +67,7 @@ def test_prompts_become_pictures_and_figures(
     assert 0.0 <= figures["drawn"]["seen"]["concept"] <= 1.0
     assert figures["frechet"] > 0
     assert report["outlines"]["pictures"] == 2
+    assert 0.0 <= report["outlines"]["wordless_others"] <= 1.0
     assert report["seconds"]["steps-20"] > 0
     page = (tmp_path / "EVALUATION.md").read_text()
     assert "| real | seen | 2 |" in page
