@@ -1,22 +1,19 @@
-"""The configuration file of ``darkroom serve``: frozen, validated when it is read.
+"""The configuration of ``darkroom serve``: frozen, validated when it is constructed.
 
 Everything has a default that suits one machine: ``darkroom serve`` without a file serves the
-bundled model on loopback. Unknown keys are refused by name. Environment and flags are laid over the
-file by :mod:`server.settings` and the command line.
+bundled model on loopback. Unknown keys are refused by name. :mod:`server.config_file` reads the
+file; environment and flags are laid over it by :mod:`server.settings` and the command line.
 """
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cache.policy import DEFAULT_HALF_LIFE_S
-from engine.errors import InvalidRequestError
 from engine.types import Limits
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -260,65 +257,3 @@ class ServeConfig(Section):
         if self.auth.enabled is None:
             return bool(self.auth.tenants) or not self.http.loopback
         return self.auth.enabled
-
-
-class Override(NamedTuple):
-    """A value that is laid over the file, and where it came from, for the error that names it."""
-
-    value: str | int | float | bool
-    source: str
-
-
-def read_config(path: Path | None, overrides: Mapping[str, Override] | None = None) -> ServeConfig:
-    """Read a YAML file; without one, the defaults.
-
-    Args:
-        overrides: by dotted key (``http.port``), laid over the file before anything is validated.
-
-    Raises:
-        InvalidRequestError: naming the file and every key that is wrong, never a value.
-    """
-    content: Any = {}
-    if path is not None:
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InvalidRequestError(f"{path} cannot be read: {error}", field="config") from error
-    return checked_config(content, overrides, "configuration" if path is None else str(path))
-
-
-def checked_config(
-    content: Any, overrides: Mapping[str, Override] | None = None, where: str = "configuration"
-) -> ServeConfig:
-    """A file's content, read already; ``where`` is how messages name it.
-
-    Raises:
-        InvalidRequestError: naming every key that is wrong, never a value.
-    """
-    overrides = overrides or {}
-    try:
-        return ServeConfig.model_validate(_laid_over(content, overrides))
-    except ValidationError as error:
-        wrong = []
-        for item in error.errors():
-            key = ".".join(str(part) for part in item["loc"]) or "config"
-            named = f"{overrides[key].source} ({key})" if key in overrides else key
-            wrong.append(f"{named}: {item['msg']}")
-        raise InvalidRequestError(f"{where}: {'; '.join(wrong)}", field="config") from error
-
-
-def _laid_over(content: Any, overrides: Mapping[str, Override]) -> Any:
-    """``content`` with every override in its place; what is no mapping is left to the validator."""
-    content = {} if content is None else content
-    for key, override in overrides.items():
-        *sections, name = key.split(".")
-        inner = content
-        for section in sections:
-            if not isinstance(inner, dict):
-                return content
-            if inner.get(section) is None:
-                inner[section] = {}
-            inner = inner[section]
-        if isinstance(inner, dict):
-            inner[name] = override.value
-    return content

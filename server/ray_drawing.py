@@ -39,9 +39,11 @@ from server.messages import (
     Queued,
     Started,
 )
+from server.ray_grants import Grants
 from server.refusals import Refusals
 from server.remote import CALL_TIMEOUT_S, ReplicaLostError, RouterClient, WorkersClient
-from server.routing import Expired, Grant, Place, Refused, Ticket
+from server.routing import Grant, Place, Ticket
+from server.tickets import ticket_of
 from server.watch import WorkerWatch
 
 _log = logging.getLogger(__name__)
@@ -51,8 +53,6 @@ MAX_ATTEMPTS = 2
 _UNREAD = 8
 """News of a request that may wait to be read; then its workers' streams wait."""
 _PAUSE_S = 0.1
-_GRACE_S = 2.0
-"""How long after a deadline the router's word on it is waited for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,24 +154,13 @@ class Drawing:
             raise InvalidRequestError(
                 f"unknown model {task.model!r}; allowed: {', '.join(models)}", field="model"
             )
-        steps = model.rows(task.request) * model.area(task.request)
-        return Ticket(
-            id=task.id,
-            request_id=task.request_id,
-            gateway=self._around.name,
-            tenant=task.tenant,
-            model=task.model,
-            steps=steps,
-            width=steps / model.evaluations(task.request),
-            arrived_at_s=self._began_at_s,
-            priority=task.request.priority,
-            deadline_at_s=self._deadline_at_s,
-        )
+        ticket = ticket_of(task, model, gateway=self._around.name, arrived_at_s=self._began_at_s)
+        return replace(ticket, deadline_at_s=self._deadline_at_s)
 
     async def _begin(self, tickets: Sequence[Ticket]) -> None:
         """Admit all tickets, and start each as it is granted."""
         try:
-            async for grant in self._grants(tickets):
+            async for grant in self._grants().of(tickets):
                 self._spawn(partial(self._run, grant), [grant.ticket])
         except OverloadedError as error:
             self._around.refusals.note(tickets, error)
@@ -179,55 +168,22 @@ class Drawing:
         except DarkroomError as error:
             await self._news.put(_Refusal(error))
 
-    async def _grants(self, tickets: Sequence[Ticket]) -> AsyncGenerator[Grant, None]:
-        """Admit tickets and yield their grants; a router that died is asked again.
-
-        A ticket whose deadline passes fails here, and is not granted.
-
-        Raises:
-            DarkroomError: refused.
-        """
-        pending = {ticket.id: ticket for ticket in tickets}
-        pause_s = 0.1
-        while pending and self._left_s() > -_GRACE_S:
-            try:
-                async with (
-                    asyncio.timeout(self._left_s() + _GRACE_S),
-                    aclosing(self._admit(pending)) as grants,
-                ):
-                    async for grant in grants:
-                        pause_s = 0.1
-                        yield grant
-            except ReplicaLostError:
-                await asyncio.sleep(pause_s)
-                pause_s = min(2.0 * pause_s, 1.0)
-            except TimeoutError:
-                break
-        for ticket in pending.values():
+    def _grants(self) -> Grants:
+        async def late(ticket: Ticket) -> None:
             await self._fail(ticket, DeadlineExceededError("the deadline passed in the queue"))
 
-    async def _admit(self, pending: dict[str, Ticket]) -> AsyncGenerator[Grant, None]:
-        """One admission call; takes out of ``pending`` what was settled."""
-        router = self._around.router
-        async with aclosing(router.admit(tuple(pending.values()), self._watching)) as stream:
-            async for news in stream:
-                match news:
-                    case Refused():
-                        pending.clear()
-                        raise news.error
-                    case Grant():
-                        del pending[news.ticket.id]
-                        self._hold(news)
-                        yield news
-                    case Expired():
-                        ticket = pending.pop(news.ticket_id)
-                        late = DeadlineExceededError("the deadline passed in the queue")
-                        await self._fail(ticket, late)
-                    case Place():
-                        index = self._tasks[news.ticket_id].index
-                        await self._news.put(Queued(index, news.position, news.steps_ahead))
-                # Admitted once: a second time, neither bound nor deadline stands in the way.
-                pending.update({i: replace(t, resumed=True) for i, t in pending.items()})
+        async def placed(place: Place) -> None:
+            index = self._tasks[place.ticket_id].index
+            await self._news.put(Queued(index, place.position, place.steps_ahead))
+
+        return Grants(
+            router=self._around.router,
+            left_s=self._left_s,
+            watching=self._watching,
+            held=self._hold,
+            placed=placed,
+            late=late,
+        )
 
     # ------------------------------------------------------------------ drawing
 
@@ -252,7 +208,8 @@ class Drawing:
                 error = WorkerLostError(f"{deaths} workers died with this picture")
                 await self._fail(grant.ticket, error)
                 return
-            again = [grant async for grant in self._grants([self._again(grant.ticket, number)])]
+            ticket = self._again(grant.ticket, number)
+            again = [grant async for grant in self._grants().of([ticket])]
             if not again:
                 return  # its deadline passed
             [grant] = again

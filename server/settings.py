@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import InvalidRequestError
-from server.config import Override, ServeConfig, checked_config, read_config
+from server.config import ServeConfig
+from server.config_file import Override, checked_config, read_config
 
 PREFIX = "DARKROOM_"
 CONFIG_KEYS: Mapping[str, str] = {

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from server.config import read_config
+from server.config_file import read_config
 from server.settings import deployed_config
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from engine.errors import InvalidRequestError
 from server.auth import KeyRing, new_key
 from server.cli import app
-from server.config import ServeConfig, read_config
+from server.config import ServeConfig
+from server.config_file import read_config
 from server.settings import served_config
 
 runner = CliRunner()
