@@ -13,6 +13,7 @@ import yaml
 
 from server.config_file import read_config
 from server.settings import deployed_config
+from tests.faults.cluster import ray_environment
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 
@@ -114,13 +115,34 @@ def test_the_service_selects_the_pods_that_have_a_gateway() -> None:
     assert {port["targetPort"] for port in service["spec"]["ports"]} <= ports
 
 
-def test_every_mount_of_the_cluster_has_its_volume() -> None:
-    cluster = _documents(DEPLOY / "kubernetes" / "base" / "rayservice.yaml")[0]["spec"][
+def _cluster() -> dict[str, Any]:
+    """The Ray cluster of the RayService, with the group of the gpu overlay in it."""
+    kubernetes = DEPLOY / "kubernetes"
+    cluster: dict[str, Any] = _documents(kubernetes / "base" / "rayservice.yaml")[0]["spec"][
         "rayClusterConfig"
     ]
-    gpu = _documents(DEPLOY / "kubernetes" / "overlays" / "gpu" / "gpu-group.yaml")[0][0]["value"]
-    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"], gpu):
-        spec = group["template"]["spec"]
+    [addition] = _documents(kubernetes / "overlays" / "gpu" / "gpu-group.yaml")[0]
+    cluster["workerGroupSpecs"].append(addition["value"])
+    return cluster
+
+
+def _pods(cluster: dict[str, Any]) -> list[dict[str, Any]]:
+    groups = (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
+    return [group["template"]["spec"] for group in groups]
+
+
+def test_every_pod_of_the_cluster_has_the_environment_of_a_cluster_by_hand() -> None:
+    by_hand = ray_environment()
+    cluster = _cluster()
+
+    assert cluster["authOptions"] == {"mode": by_hand.pop("RAY_AUTH_MODE")}
+    for pod in _pods(cluster):
+        given = {item["name"]: item.get("value") for item in pod["containers"][0]["env"]}
+        assert {name: value for name, value in given.items() if name.startswith("RAY_")} == by_hand
+
+
+def test_every_mount_of_the_cluster_has_its_volume() -> None:
+    for spec in _pods(_cluster()):
         mounted = {mount["name"] for c in spec["containers"] for mount in c["volumeMounts"]}
 
         assert mounted == {volume["name"] for volume in spec["volumes"]}
