@@ -16,19 +16,23 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from loadtests.bare_engine import Bare
 from loadtests.common import conditions, model_folder, open_plan, settings_with_threads
 from loadtests.server_load import Outcome, Work, closed_loop, open_loop
-from loadtests.server_processes import RunningServer, cpu_between, free_port, serving
+from loadtests.server_processes import (
+    RunningServer,
+    cpu_between,
+    free_port,
+    serving,
+    serving_darkroom,
+)
 
 BASELINES = {"fastapi + lock": "fastapi_lock", "litserve, batches": "litserve_batch"}
 DARKROOM = "darkroom"
@@ -163,27 +167,18 @@ def _at(
 
 @contextlib.contextmanager
 def _start(contender: str, options: argparse.Namespace) -> Iterator[RunningServer]:
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    settings = settings_with_threads(options.threads)
-    folder = model_folder(settings, options.model)
-    with tempfile.TemporaryDirectory() as temporary:
-        if contender == DARKROOM:
-            config = Path(temporary) / "darkroom.yaml"
-            model = {"id": folder.name, "path": str(folder)}
-            workers = {"threads": options.threads}
-            content = {"models": [model], "http": {"port": port}, "workers": workers}
-            config.write_text(yaml.safe_dump(content))
-            command = [sys.executable, "-m", "server", "serve", "--config", str(config)]
-            ready = "/readyz"
-        else:
-            command = [sys.executable, "-m", f"loadtests.baselines.{BASELINES[contender]}"]
-            command += ["--model", str(folder), "--port", str(port)]
-            command += ["--threads", str(options.threads), "--max-batch", str(options.max_batch)]
-            ready = "/health"
-        environment = {"HF_HUB_OFFLINE": "1"}
-        with serving(command, url, ready=ready, environment=environment) as server:
+    folder = model_folder(settings_with_threads(options.threads), options.model)
+    if contender == DARKROOM:
+        with serving_darkroom(folder, threads=options.threads) as server:
             yield server
+        return
+    port = free_port()
+    command = [sys.executable, "-m", f"loadtests.baselines.{BASELINES[contender]}"]
+    command += ["--model", str(folder), "--port", str(port)]
+    command += ["--threads", str(options.threads), "--max-batch", str(options.max_batch)]
+    url = f"http://127.0.0.1:{port}"
+    with serving(command, url, ready="/health", environment={"HF_HUB_OFFLINE": "1"}) as server:
+        yield server
 
 
 def _measured(

@@ -17,8 +17,6 @@ import json
 import random
 import re
 import statistics
-import sys
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,10 +24,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import httpx
-import yaml
 
 from loadtests.common import conditions, model_folder, open_plan, settings_with_threads
-from loadtests.server_processes import RunningServer, free_port, serving
+from loadtests.server_processes import RunningServer, serving_darkroom
 from loadtests.traffic.stats import quantile
 
 PREVIEW = b"event: image_generation.partial_image"
@@ -183,19 +180,8 @@ def _started(options: argparse.Namespace) -> Iterator[RunningServer]:
     settings = settings_with_threads(options.threads)
     open_plan(settings, options.model, "onnxruntime", "fp32")
     folder = model_folder(settings, options.model)
-    port = free_port()
-    content = {
-        "models": [{"id": folder.name, "path": str(folder)}],
-        "http": {"port": port},
-        "workers": {"threads": options.threads},
-    }
-    with tempfile.TemporaryDirectory() as temporary:
-        config = Path(temporary) / "darkroom.yaml"
-        config.write_text(yaml.safe_dump(content))
-        command = [sys.executable, "-m", "server", "serve", "--config", str(config)]
-        url = f"http://127.0.0.1:{port}"
-        with serving(command, url, ready="/readyz", environment={"HF_HUB_OFFLINE": "1"}) as server:
-            yield server
+    with serving_darkroom(folder, threads=options.threads) as server:
+        yield server
 
 
 async def _measured(url: str, options: argparse.Namespace) -> tuple[list[Departure], Meter, float]:

@@ -52,13 +52,15 @@ class Outcome:
     Attributes:
         wall_s: from the first request to the last reply.
         latencies_s: of pictures, from when the request was due.
-        failures: by what the server said.
+        failures: by what the server said, refusals among them.
+        refusals: (from when the request was due, what ``Retry-After`` said) of each 429 with one.
         client_cpu_s: what this process spent on it, the load generator's own share.
     """
 
     wall_s: float = 0.0
     latencies_s: list[float] = field(default_factory=list)
     failures: Counter[str] = field(default_factory=Counter)
+    refusals: list[tuple[float, float]] = field(default_factory=list)
     client_cpu_s: float = 0.0
 
     @property
@@ -129,6 +131,8 @@ async def _draw(
     took_s = time.perf_counter() - due_s
     if reply.status_code != 200:
         outcome.failures[f"HTTP {reply.status_code}"] += 1
+        if reply.status_code == 429 and "retry-after" in reply.headers:
+            outcome.refusals.append((took_s, float(reply.headers["retry-after"])))
         return
     if not base64.b64decode(reply.json()["data"][0]["b64_json"]).startswith(PNG):
         outcome.failures["not a PNG"] += 1

@@ -7,12 +7,16 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
+import yaml
 
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
@@ -91,6 +95,34 @@ def serving(
             yield RunningServer(url, process)
         finally:
             _stop(process)
+
+
+@contextlib.contextmanager
+def serving_darkroom(model: Path, *, threads: int, **sections: Any) -> Iterator[RunningServer]:
+    """Run ``darkroom serve`` around one model, on a free port, while the block does.
+
+    Args:
+        model: the checkpoint's folder; its name is the model's id.
+        threads: of the worker.
+        sections: of the configuration, beside those.
+
+    Raises:
+        RuntimeError: as :func:`serving`.
+    """
+    port = free_port()
+    content = {
+        "models": [{"id": model.name, "path": str(model)}],
+        "http": {"port": port},
+        "workers": {"threads": threads},
+        **sections,
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        config = Path(temporary) / "darkroom.yaml"
+        config.write_text(yaml.safe_dump(content))
+        command = [sys.executable, "-m", "server", "serve", "--config", str(config)]
+        url = f"http://127.0.0.1:{port}"
+        with serving(command, url, ready="/readyz", environment={"HF_HUB_OFFLINE": "1"}) as server:
+            yield server
 
 
 def _wait(process: subprocess.Popen[bytes], url: str) -> bool:

@@ -12,13 +12,16 @@ from server.routing import Ticket
 
 HOLDS_S = 1.0
 """How long a refusal is believed at most, however long the router said to wait."""
+_SAME_S = 0.05
+"""Deadlines are set when a request arrives and looked at when its tickets are made: by less than
+this much two requests do not differ in patience."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Refusal:
     steps: float
     priority: int
-    deadline_at_s: float
+    patience_s: float
     until_s: float
     retry_at_s: float
 
@@ -26,7 +29,7 @@ class _Refusal:
 class Refusals:
     """The router's last refusal of each tenant.
 
-    A request that asks for no less, at no higher priority, and leaves no more time than one that
+    A request that asks for no less, at no higher priority, and came with no more time than one that
     was refused a moment ago is refused likewise. Bounded by the tenants of the configuration.
     """
 
@@ -55,11 +58,11 @@ class Refusals:
         if now_s >= last.until_s:
             del self._last[tickets[0].tenant]
             return
-        steps, priority, deadline_at_s = _asked(tickets)
+        steps, priority, patience_s = _asked(tickets)
         if (
             steps >= last.steps
             and priority <= last.priority
-            and deadline_at_s <= last.deadline_at_s
+            and patience_s <= last.patience_s + _SAME_S
         ):
             raise OverloadedError(
                 "too much is waiting already; try again later",
@@ -68,9 +71,12 @@ class Refusals:
 
 
 def _asked(tickets: Sequence[Ticket]) -> tuple[float, int, float]:
-    """(steps of all, highest priority, earliest deadline) of a request."""
+    """(steps of all, highest priority, seconds from arrival to the earliest deadline)."""
     return (
         sum(ticket.steps for ticket in tickets),
         max(ticket.priority for ticket in tickets),
-        min(math.inf if t.deadline_at_s is None else t.deadline_at_s for t in tickets),
+        min(
+            math.inf if t.deadline_at_s is None else t.deadline_at_s - t.arrived_at_s
+            for t in tickets
+        ),
     )

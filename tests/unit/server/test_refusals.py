@@ -43,6 +43,19 @@ def test_what_might_be_admitted_is_asked_for(other: Ticket) -> None:
     refusals.check([other])
 
 
+def test_deadlines_move_on_with_the_requests_that_name_them() -> None:
+    """As those do that gateways set for requests that name none."""
+    clock = FakeClock()
+    refusals = Refusals(clock)
+    now_s = clock.now_s()
+    refusals.note([ticket(40, arrived_at_s=now_s, deadline_at_s=now_s + 600)], FULL)
+    clock.tick(0.5)
+    now_s = clock.now_s()
+    with pytest.raises(OverloadedError):
+        refusals.check([ticket(40, arrived_at_s=now_s, deadline_at_s=now_s + 600)])
+    refusals.check([ticket(40, arrived_at_s=now_s, deadline_at_s=now_s + 601)])
+
+
 def test_a_short_wait_is_believed_for_no_longer() -> None:
     clock = FakeClock()
     refusals = Refusals(clock)
