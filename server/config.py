@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cache.policy import DEFAULT_HALF_LIFE_S
 from engine.types import Limits
+from server.telemetry.config import TelemetryConfig
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 """Models, tenants and adapters are ids, never paths."""
@@ -228,6 +229,7 @@ class ServeConfig(Section):
     cache: CacheConfig = CacheConfig()
     content: ContentConfig = ContentConfig()
     logging: LoggingConfig = LoggingConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
     drain_timeout_s: Positive = 30.0
     """How long in-flight requests may go on after SIGTERM."""
 

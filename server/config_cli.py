@@ -27,10 +27,12 @@ def check(config: ConfigOption = None) -> None:
     """Say whether the configuration can be served, and name everything that is wrong."""
     from server.auth import KeyRing
     from server.jobs.addresses import AllowedHosts
+    from server.telemetry.opening import check_installed
 
     served = served_config(config)
     keys = KeyRing.of(served)
     AllowedHosts(served.jobs.webhook_hosts)
+    check_installed(served.telemetry)
     models = Settings.from_environment().models
     for i, model in enumerate(served.models):
         folder = model.path or models / model.id

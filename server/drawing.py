@@ -24,7 +24,7 @@ from engine.ports import Clock
 from engine.types import GenerateRequest, Picture, Snapshot, StepEvent
 from server.content_check import CheckedPicture, ContentCheck, release
 from server.mailbox import Begun, Mailbox
-from server.messages import Checkpointed, Drawn, PictureTask, Started, Stepped, WorkerEvent
+from server.messages import Checkpointed, Drawn, PictureTask, Started, Stepped, Tick, WorkerEvent
 from server.snapshot_codec import Standing, decode_standing, encode_standing
 
 _log = logging.getLogger(__name__)
@@ -74,6 +74,8 @@ class Drawing:
         self._arrived_s = shop.clock.now_s()
         self._waited_s = 0.0
         self._since_snapshot_s = 0.0
+        self._began_s = 0.0
+        self._ticks: list[Tick] = []
         # Its own, so that a task which comes back is never taken for what was cancelled before.
         self._engine_id = f"{task.id}/{next(_numbers)}"
         self._seed = task.request.seed
@@ -160,7 +162,7 @@ class Drawing:
             model=self.task.model,
             request_id=self._engine_id,
             on_event=self._on_event,
-            on_start=lambda: self._mailbox.put(Begun()),
+            on_start=self._on_start,
             snapshot=snapshot,
             tenant=self.task.tenant,
         )
@@ -169,10 +171,17 @@ class Drawing:
 
     # ------------------------------------------------------------------ on the engine's threads
 
+    def _on_start(self) -> None:
+        self._began_s = self._shop.clock.now_s()
+        self._mailbox.put(Begun())
+
     def _on_event(self, event: StepEvent) -> None:
         self.steps_left = self._steps * (event.steps - event.step) / event.steps
         if self.task.listening:
             self._mailbox.put(event)
+        if self.task.traced:
+            ended_s = self._shop.clock.now_s() - self._began_s
+            self._ticks.append(Tick(event.step, event.batch_rows, ended_s, event.tick_s))
         self._since_snapshot_s += event.tick_s
         if self._since_snapshot_s >= self._shop.snapshot_every_s and event.step < event.steps:
             self._since_snapshot_s = 0.0
@@ -247,4 +256,6 @@ class Drawing:
                 queue_s=timings.queue_s + self._waited_s,
                 decode_s=timings.decode_s + self._shop.clock.now_s() - began_s,
             ),
+            cache=None if picture.reuse is None else str(picture.reuse.outcome),
+            ticks=tuple(self._ticks),
         )

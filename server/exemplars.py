@@ -12,11 +12,11 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 """Ids that are taken from clients; all others are replaced by one of ours."""
 
 
-def exemplar_of(request_id: str | None) -> dict[str, str] | None:
+def exemplar_of(request_id: str | None, trace_id: str | None = None) -> dict[str, str] | None:
     """The labels of an exemplar; None, which is no exemplar, for an id that is not well-formed."""
     if request_id is None or not REQUEST_ID.fullmatch(request_id):
         return None
-    return {"request_id": request_id}
+    return {"request_id": request_id} | ({} if trace_id is None else {"trace_id": trace_id})
 
 
 def exemplar_of_task(request_id: str) -> dict[str, str] | None:

@@ -4,7 +4,7 @@
 
     SecurityHeaders
     CORS              only where origins are configured
-    RequestLayer      name, count, time and log each request; no error falls through
+    RequestLayer      name, count, time, trace and log each request; no error falls through
     Door              who is it, and how often: before any of a body is read
     BodyLimit         how much, and how slowly: where the bytes arrive
     FastAPI           server/api/*, each module's ``routes(services)``
@@ -74,7 +74,7 @@ def _wrap(app: FastAPI, services: Services) -> None:
     app.add_middleware(BodyLimit, http=http, upload_paths=_UPLOADS)
     app.add_middleware(Door, keys=services.keys, limiter=RateLimiter(SystemClock()))
     log = RequestLog(services.config.logging)
-    app.add_middleware(RequestLayer, metrics=services.metrics, log=log)
+    app.add_middleware(RequestLayer, metrics=services.metrics, log=log, traces=services.traces)
     if http.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -75,3 +75,4 @@ class Gateway:
             self._services.close(self._drain_s), self._dispatcher.close(self._drain_s)
         )
         await self._http.stop(_LAST_REPLIES_S)
+        await self._services.flush()

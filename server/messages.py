@@ -37,6 +37,7 @@ class PictureTask:
         model: a configured model's id; the gateway has filled in the default.
         deadline_at_s: Unix time after which the picture is worthless, the queue included.
         listening: whether anybody wants ``Stepped`` events; without a listener none are sent.
+        traced: whether the finished picture tells its ticks.
         snapshot: where another worker stood with this task; opaque to all but workers.
     """
 
@@ -49,6 +50,7 @@ class PictureTask:
     output: Output = field(default_factory=Output)
     deadline_at_s: float | None = None
     listening: bool = False
+    traced: bool = False
     snapshot: bytes | None = None
 
 
@@ -89,6 +91,19 @@ class Checkpointed:
     snapshot: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """One step of a picture: ``rows`` shared its tick, which ended so long after the first began.
+
+    ``ended_s`` and ``tick_s`` are the worker's; a picture that moved here has those since.
+    """
+
+    step: int
+    rows: int
+    ended_s: float
+    tick_s: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawn:
     """A finished picture, encoded, with everything needed to draw it again."""
@@ -109,6 +124,10 @@ class Drawn:
     approximations: Mapping[str, str] = field(default_factory=dict)
     timings: Timings = field(default_factory=Timings)
     attempts: int = 1
+    cache: str | None = None
+    """What became of its look into the noise cache; None on an engine without one."""
+    ticks: tuple[Tick, ...] = ()
+    """Of a traced task, else none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,6 +82,12 @@ class GatewayMetrics:
             ("model", "tenant"),
             registry=self.registry,
         )
+        self.trace_spans = Counter(
+            "darkroom_trace_spans",
+            "Spans of traces: exported, failed (the receiver took them not), or dropped.",
+            ("outcome",),
+            registry=self.registry,
+        )
         self.jobs = JobMetrics(self.registry)
         watch_loop(self.registry)
 
@@ -93,10 +99,11 @@ class GatewayMetrics:
         status: int,
         seconds: float,
         request_id: str | None = None,
+        trace_id: str | None = None,
     ) -> None:
         """Count a request that has ended."""
         self.requests.labels(route, outcome).inc()
-        self.request_seconds.labels(route).observe(seconds, exemplar_of(request_id))
+        self.request_seconds.labels(route).observe(seconds, exemplar_of(request_id, trace_id))
         if status in REFUSALS:
             self.refusals.labels(outcome).inc()
 

@@ -34,6 +34,7 @@ class RequestRecord:
 
     Attributes:
         outcome: code of the error that ended it, or None.
+        trace_id: of the trace that is kept of it, or None.
     """
 
     id: str
@@ -47,6 +48,7 @@ class RequestRecord:
     seeds: list[int] = field(default_factory=list)
     workers: list[str] = field(default_factory=list)
     timings: Timings | None = None
+    trace_id: str | None = None
 
     def failed(self, code: str) -> None:
         """Note the error that ends the request; what follows from it changes nothing."""
@@ -105,6 +107,8 @@ class RequestLog:
             "outcome": record.outcome or "ok",
             "duration_ms": round(seconds * 1000, 2),
         }
+        if record.trace_id is not None:
+            fields["trace_id"] = record.trace_id
         if record.model is not None:
             fields["model"] = record.model
         if record.user is not None:

@@ -14,6 +14,7 @@ from server.config import ModelConfig, ServeConfig
 from server.lifecycle import Application, check_port
 from server.precompile import Compiled, precompile
 from server.settings import served_config
+from server.telemetry.opening import check_installed
 
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -43,6 +44,7 @@ def serve(
     served = with_model(served_config(config, flags=flags), model, precision, backend)
     if address is None:
         check_port(served.http)  # on a cluster, gateways listen elsewhere
+        check_installed(served.telemetry)
     application = Application(served, address=address)
     for plan in _compile(served) if address is None else ():
         _err.print(f"{plan.model}: plan {plan.digest[:12]}")

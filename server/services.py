@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from server.auth import KeyRing
 from server.config import ServeConfig
@@ -12,6 +14,10 @@ from server.jobs.memory import MemoryJobStore
 from server.jobs.runner import JobRunner
 from server.jobs.store import Bounds, JobStore
 from server.metrics import GatewayMetrics
+from server.telemetry.opening import open_traces
+
+if TYPE_CHECKING:
+    from server.telemetry.traces import Traces
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +29,7 @@ class Services:
     keys: KeyRing
     jobs: JobRunner
     metrics: GatewayMetrics
+    traces: Traces | None = None
 
     async def start(self) -> None:
         """Begin the background work; in the event loop that serves, before the first request."""
@@ -32,14 +39,25 @@ class Services:
         """Finish or hand over jobs. Call it before the dispatcher is closed: jobs draw on it."""
         await self.jobs.close(timeout_s)
 
+    async def flush(self) -> None:
+        """Send the last spans, within the configured time. Call it when every reply has ended."""
+        if self.traces is not None:
+            await asyncio.to_thread(self.traces.close)
+
 
 def open_services(config: ServeConfig, dispatcher: Dispatcher) -> Services:
     """What ``config`` describes, over ``dispatcher``. Nothing is connected yet.
 
     Raises:
         InvalidRequestError: keys or Redis are configured wrongly.
+        BackendUnavailableError: traces are asked for, and not installed.
     """
     metrics = GatewayMetrics()
+    traces = open_traces(config.telemetry, metrics.trace_spans)
+    if traces is not None:
+        from server.telemetry.drawing import TracedDispatcher  # not without OpenTelemetry
+
+        dispatcher = TracedDispatcher(dispatcher, traces)
     jobs = JobRunner(
         dispatcher=dispatcher, store=_job_store(config), config=config.jobs, metrics=metrics
     )
@@ -49,6 +67,7 @@ def open_services(config: ServeConfig, dispatcher: Dispatcher) -> Services:
         keys=KeyRing.of(config),
         jobs=jobs,
         metrics=metrics,
+        traces=traces,
     )
 
 

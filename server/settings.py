@@ -22,6 +22,10 @@ CONFIG_KEYS: Mapping[str, str] = {
     "DARKROOM_REPLICAS": "workers.replicas",
     "DARKROOM_LOG_LEVEL": "logging.level",
     "DARKROOM_LOG_FORMAT": "logging.format",
+    # OpenTelemetry's own names, under which every service of a platform is told.
+    "OTEL_EXPORTER_OTLP_ENDPOINT": "telemetry.endpoint",
+    "OTEL_EXPORTER_OTLP_HEADERS": "telemetry.headers",
+    "OTEL_SERVICE_NAME": "telemetry.service_name",
 }
 """Variables that are laid over the configuration file, and the keys that they set."""
 _OWN_KEYS = ("DARKROOM_CONFIG", "DARKROOM_HOME", "DARKROOM_MODELS", "DARKROOM_THREADS")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -14,8 +16,14 @@ from server.exemplars import REQUEST_ID
 from server.metrics import GatewayMetrics
 from server.request_log import SCOPE_KEY, RequestLog, RequestRecord
 
+if TYPE_CHECKING:
+    from server.telemetry.requests import RequestSpan
+    from server.telemetry.traces import Traces
+
 _log = logging.getLogger(__name__)
 _CLIENT_GONE = 499
+UNMATCHED = "unmatched"
+"""The route of a request that none took: no such path, no key, or more than may be read."""
 # What an error is called whose reply was written by a layer that keeps no record.
 _CODES = {
     400: "malformed",
@@ -38,8 +46,16 @@ class RequestLayer:
     its traceback in the log and none of it in the reply.
     """
 
-    def __init__(self, app: ASGIApp, *, metrics: GatewayMetrics, log: RequestLog) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        metrics: GatewayMetrics,
+        log: RequestLog,
+        traces: Traces | None = None,
+    ) -> None:
         self._app = app
+        self._traces = traces
         self._metrics = metrics
         self._request_log = log
 
@@ -52,6 +68,7 @@ class RequestLayer:
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         record = RequestRecord(id=request_id, method=scope["method"])
         scope[SCOPE_KEY] = record
+        span = self._begin(scope, record)
         status = 0
 
         async def named(message: Message) -> None:
@@ -63,7 +80,7 @@ class RequestLayer:
 
         began_s = time.monotonic()
         try:
-            with self._metrics.in_flight.track_inprogress():
+            with self._metrics.in_flight.track_inprogress(), span or nullcontext():
                 await self._app(scope, receive, named)
         except Exception as error:
             _log.exception("unplanned error", extra={"darkroom_fields": {"request_id": record.id}})
@@ -71,19 +88,40 @@ class RequestLayer:
             if status == 0:
                 await reply_of(error)(scope, receive, named)
         finally:
-            self._end(scope, record, status or _CLIENT_GONE, time.monotonic() - began_s)
+            self._end(scope, record, span, status or _CLIENT_GONE, time.monotonic() - began_s)
 
-    def _end(self, scope: Scope, record: RequestRecord, status: int, seconds: float) -> None:
+    def _begin(self, scope: Scope, record: RequestRecord) -> RequestSpan | None:
+        if self._traces is None:
+            return None
+        from server.telemetry.requests import begin_request  # not without OpenTelemetry
+
+        return begin_request(self._traces, scope, record)
+
+    def _end(
+        self,
+        scope: Scope,
+        record: RequestRecord,
+        span: RequestSpan | None,
+        status: int,
+        seconds: float,
+    ) -> None:
         if record.outcome is None and status >= 400:
             record.failed(_CODES.get(status, "cancelled" if status == _CLIENT_GONE else "other"))
         route = route_of(scope)
         outcome = record.outcome or "ok"
+        if span is not None:
+            span.end(record, route=route, status=status)
         self._metrics.ended(
-            route=route, outcome=outcome, status=status, seconds=seconds, request_id=record.id
+            route=route,
+            outcome=outcome,
+            status=status,
+            seconds=seconds,
+            request_id=record.id,
+            trace_id=record.trace_id,
         )
         self._request_log.write(record, route=route, status=status, seconds=seconds)
 
 
 def route_of(scope: Scope) -> str:
     """The template of the route that took the request: a bounded label, unlike its path."""
-    return str(getattr(scope.get("route"), "path", "unmatched"))
+    return str(getattr(scope.get("route"), "path", UNMATCHED))

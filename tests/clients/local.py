@@ -39,6 +39,7 @@ def listening(config: ServeConfig, settings: Settings) -> Iterator[str]:
         await services.close(0.0)
         await dispatcher.close(0.0)
         await http.stop(0.0)
+        await services.flush()
 
     def run() -> None:
         try:

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from prometheus_client import CollectorRegistry, Counter
 
 from engine.errors import (
     ClosedError,
@@ -56,7 +58,20 @@ async def open_routed(config: ServeConfig, settings: Settings) -> AsyncIterator[
         yield dispatcher
 
 
-IMPLEMENTATIONS = {"local": open_local, "routed": open_routed}
+@asynccontextmanager
+async def open_traced(config: ServeConfig, settings: Settings) -> AsyncIterator[Dispatcher]:
+    from server.telemetry.config import TelemetryConfig
+    from server.telemetry.drawing import TracedDispatcher
+    from server.telemetry.traces import Traces
+
+    counter = Counter("spans", "", ("outcome",), registry=CollectorRegistry())
+    traces = Traces(InMemorySpanExporter(), TelemetryConfig(), counter)
+    async with open_local(config, settings) as dispatcher:
+        yield TracedDispatcher(dispatcher, traces)
+    await asyncio.to_thread(traces.close)
+
+
+IMPLEMENTATIONS = {"local": open_local, "routed": open_routed, "traced": open_traced}
 
 
 @pytest.fixture(params=sorted(IMPLEMENTATIONS))

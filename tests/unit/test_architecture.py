@@ -70,6 +70,20 @@ def test_light_modules_import_nothing_heavy(module: str) -> None:
     assert done.stdout.split() == []
 
 
+def test_a_gateway_that_sends_no_traces_does_not_import_what_would() -> None:
+    """FastAPI and Ray bring OpenTelemetry's interface and SDK; nothing of theirs can send."""
+    code = (
+        "import sys, server.gateway_deployment\n"
+        "from server.config import ServeConfig\n"
+        "from server.services import open_services\n"
+        "assert open_services(ServeConfig(), None).traces is None\n"
+        "print(*(name for name in sys.modules if 'otlp' in name or name.startswith('server.tele')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    allowed = {"", ".config", ".opening"}
+    assert set(done.stdout.split()) == {f"server.telemetry{name}" for name in allowed}
+
+
 def test_the_environment_is_read_in_one_module() -> None:
     readers = [
         str(path.relative_to(ROOT))
