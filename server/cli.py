@@ -17,6 +17,7 @@ from engine.errors import DarkroomError, InvalidRequestError
 from server.cache_cli import cache_app
 from server.config_cli import config_app, keys_app
 from server.models_cli import models_app
+from server.plans_cli import plans_app
 from server.serve_cli import serve
 from server.settings import Settings
 
@@ -36,6 +37,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(keys_app, name="keys")
 app.add_typer(cache_app, name="cache")
 app.add_typer(models_app, name="models")
+app.add_typer(plans_app, name="plans")
 _out = Console()
 _err = Console(stderr=True)
 
@@ -206,7 +208,7 @@ def _plan(settings: Settings, model: str, backend: str, precision: str) -> Plan:
             text = f"compiling {checkpoint.name}: {stage}"
             progress.update(task, description=text, completed=done, total=total, visible=True)
 
-        return PlanStore(settings.plans).build(
+        return PlanStore(settings.plans, max_bytes=settings.plans_max_bytes).build(
             checkpoint, backend=backend, precision=precision, progress=show
         )
 

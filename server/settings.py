@@ -28,7 +28,15 @@ CONFIG_KEYS: Mapping[str, str] = {
     "OTEL_SERVICE_NAME": "telemetry.service_name",
 }
 """Variables that are laid over the configuration file, and the keys that they set."""
-_OWN_KEYS = ("DARKROOM_CONFIG", "DARKROOM_HOME", "DARKROOM_MODELS", "DARKROOM_THREADS")
+_OWN_KEYS = (
+    "DARKROOM_CONFIG",
+    "DARKROOM_HOME",
+    "DARKROOM_MODELS",
+    "DARKROOM_PLANS_MAX_GB",
+    "DARKROOM_THREADS",
+)
+GIGABYTE = 1_000_000_000
+_PLANS_MAX_GB = 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +49,8 @@ class Settings:
     """Folder of checkpoints, each a folder in Diffusers layout (``DARKROOM_MODELS``)."""
     threads: int
     """CPU threads of the graphs (``DARKROOM_THREADS``); the cores that this process may use."""
+    plans_max_bytes: int = _PLANS_MAX_GB * GIGABYTE
+    """What plans may take on the disk (``DARKROOM_PLANS_MAX_GB``); least recently used ones go."""
     config: Path | None = None
     """The configuration file of ``darkroom serve`` (``DARKROOM_CONFIG``)."""
 
@@ -69,6 +79,8 @@ class Settings:
             home=Path(given.get("DARKROOM_HOME") or Path(cache_home) / "darkroom").absolute(),
             models=Path(given.get("DARKROOM_MODELS") or _bundled_models()).absolute(),
             threads=_positive(given, "DARKROOM_THREADS", default=usable_cores()),
+            plans_max_bytes=GIGABYTE
+            * _positive(given, "DARKROOM_PLANS_MAX_GB", default=_PLANS_MAX_GB),
             config=Path(config).absolute() if config else None,
         )
 

@@ -10,7 +10,8 @@ import torch
 
 from engine.checkpoint import Checkpoint
 from engine.compile.manifest import PlanManifest
-from engine.compile.plan import MANIFEST, Plan, PlanStore
+from engine.compile.plan import Plan, PlanStore
+from engine.compile.plan_files import MANIFEST
 from engine.errors import InvalidRequestError
 from engine.model import Model
 from engine.runtime import Runtime, open_runtime
@@ -34,7 +35,7 @@ class ModelHost:
         self._device = config.workers.device
         self._threads = config.workers.threads_of(settings.threads)
         self._models_folder = settings.models
-        self._store = PlanStore(settings.plans)
+        self._store = PlanStore(settings.plans, max_bytes=settings.plans_max_bytes)
         self._runtimes: dict[str, Runtime] = {}
         self._lock = threading.Lock()
 

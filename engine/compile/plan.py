@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
-import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from pydantic import ValidationError
-
-from engine.compile.manifest import PLAN_FORMAT, PlanManifest, SegmentSpec, Tap
+from engine.compile.manifest import PlanManifest, Tap
+from engine.compile.plan_files import MANIFEST, hash_file, read_manifest, seal, sync
+from engine.compile.plan_space import Lease, StoredPlan, choose, folders, remove, stored
 from engine.errors import PlanCorruptError, PlanError, PlanStorageError
 
 if TYPE_CHECKING:
     from engine.checkpoint import Checkpoint
     from engine.compile.tensorrt_profile import EngineTarget
 
-MANIFEST = "plan.json"
 _BUILDING = ".building-"
-_MANIFEST_HASH = "plan.sha256"
 _log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
@@ -54,10 +49,14 @@ class Transform(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A compiled checkpoint: its folder, whose files have been verified, and its manifest."""
+    """A compiled checkpoint: its folder, whose files have been verified, and its manifest.
+
+    As long as it is referred to, its store does not remove it.
+    """
 
     folder: Path
     manifest: PlanManifest
+    _lease: Lease | None = field(default=None, repr=False, compare=False)
 
     @property
     def digest(self) -> str:
@@ -71,10 +70,16 @@ class Plan:
 
 
 class PlanStore:
-    """Builds and opens the plans under one folder. Any number of processes may share it."""
+    """Builds and opens the plans under one folder. Any number of processes may share it.
 
-    def __init__(self, root: Path) -> None:
+    Args:
+        max_bytes: what its plans may take together. Before it would be more, those that nobody has
+            open are removed, least recently used first; None for any amount.
+    """
+
+    def __init__(self, root: Path, *, max_bytes: int | None = None) -> None:
         self._root = root
+        self._max_bytes = max_bytes
 
     def build(
         self,
@@ -135,12 +140,14 @@ class PlanStore:
                     from engine.compile.tensorrt import build_engines
 
                     manifest = build_engines(temporary, manifest, ingredients.target, tell)
-                _seal(temporary, manifest)
+                seal(temporary, manifest)
                 temporary.replace(folder)
-                _sync(self._root)
+                sync(self._root)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
-            return self._load(folder)
+            built = self._load(folder)
+        self._make_room(but=built)
+        return built
 
     def open(self, plan: str | Path) -> Plan:
         """Open a plan by digest, by the beginning of one, or by folder, and verify its files.
@@ -160,8 +167,35 @@ class PlanStore:
         """Every plan of the store, verified or not."""
         return [folder.name for folder in self._folders()]
 
+    def stored(self) -> list[StoredPlan]:
+        """What every plan of the store takes, least recently used first."""
+        return stored(self._root)
+
+    def remove(self, digest: str) -> bool:
+        """Remove a plan; False where it is in use, being built, or gone.
+
+        Raises:
+            PlanStorageError: the system refuses.
+        """
+        with _storage(self._root):
+            return remove(self._root, digest)
+
+    def _make_room(self, but: Plan) -> None:
+        """Keep within the bound. A store that cannot is a warning, no reason to fail a build."""
+        if self._max_bytes is None:
+            return
+        plans = self.stored()
+        left = sum(plan.size_bytes for plan in plans)
+        for plan in choose(plans, max_bytes=self._max_bytes, keep=(but.digest,)):
+            with suppress(OSError):
+                if remove(self._root, plan.digest):
+                    left -= plan.size_bytes
+                    _log.info("removed plan %s of %s to make room", plan.digest[:12], plan.model)
+        if left > self._max_bytes:
+            _log.warning("plans take %d bytes of %d: the others are in use", left, self._max_bytes)
+
     def _folders(self) -> list[Path]:
-        return sorted(path.parent for path in self._root.glob(f"[!.]*/{MANIFEST}"))
+        return folders(self._root)
 
     def _load_if_whole(self, folder: Path) -> Plan | None:
         """The plan in ``folder``; None where there is none, and a corrupt one is removed."""
@@ -176,15 +210,16 @@ class PlanStore:
 
     @staticmethod
     def _load(folder: Path) -> Plan:
-        manifest = _read_manifest(folder)
+        lease = Lease(folder)
+        manifest = read_manifest(folder)
         for name, expected in manifest.files.items():
             path = folder / name
-            if not path.is_file() or _hash_file(path) != expected:
+            if not path.is_file() or hash_file(path) != expected:
                 raise PlanCorruptError(
                     f"plan {manifest.digest[:12]}: {name} is missing or was changed;"
                     " remove the folder and build the plan again"
                 )
-        return Plan(folder, manifest)
+        return Plan(folder, manifest, lease)
 
     @contextmanager
     def _alone(self, digest: str) -> Iterator[None]:
@@ -208,74 +243,6 @@ class PlanStore:
 
 def _say_nothing(_stage: str, _done: int, _total: int) -> None:
     pass
-
-
-def _seal(folder: Path, manifest: PlanManifest) -> None:
-    """Hash every file into the manifest, write it, and bring all of it to the disk."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = {path.relative_to(folder).as_posix(): _hash_file(path) for path in paths}
-
-    def hashed(segment: SegmentSpec) -> SegmentSpec:
-        return segment.model_copy(update={"sha256": files.get(segment.file, "")})
-
-    encoder = manifest.vae_encoder
-    sealed = manifest.model_copy(
-        update={
-            "files": files,
-            "unet": tuple(hashed(segment) for segment in manifest.unet),
-            "text_encoders": tuple(
-                spec.model_copy(update={"segment": hashed(spec.segment)})
-                for spec in manifest.text_encoders
-            ),
-            "vae_decoder": hashed(manifest.vae_decoder),
-            "vae_encoder": None if encoder is None else hashed(encoder),
-        }
-    )
-    text = sealed.model_dump_json(indent=1) + "\n"
-    (folder / MANIFEST).write_text(text)
-    (folder / _MANIFEST_HASH).write_text(_manifest_hash(text))
-    for path in (*paths, folder / MANIFEST, folder / _MANIFEST_HASH):
-        _sync(path)
-    for path in {path.parent for path in paths} | {folder}:
-        _sync(path)
-
-
-def _read_manifest(folder: Path) -> PlanManifest:
-    try:
-        text = (folder / MANIFEST).read_text()
-        expected = (folder / _MANIFEST_HASH).read_text()
-    except FileNotFoundError as error:
-        raise PlanCorruptError(f"{folder.name}: {Path(error.filename).name} is missing") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanCorruptError(f"{folder.name}: {MANIFEST} cannot be read: {error}") from error
-    if _manifest_hash(text) != expected:
-        raise PlanCorruptError(f"{folder.name}: {MANIFEST} was changed; build the plan again")
-    found = json.loads(text).get("format")
-    if found != PLAN_FORMAT:
-        raise PlanError(
-            f"{folder.name}: plan format {found}, this version reads {PLAN_FORMAT}; build it again"
-        )
-    try:
-        return PlanManifest.model_validate_json(text)
-    except ValidationError as error:
-        raise PlanCorruptError(f"{folder.name}: {MANIFEST}: {error}") from error
-
-
-def _manifest_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest() + "\n"
-
-
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

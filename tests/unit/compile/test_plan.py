@@ -18,7 +18,8 @@ from engine.checkpoint import Checkpoint
 from engine.compile import build as build_module
 from engine.compile.build import Ingredients
 from engine.compile.manifest import PlanManifest, Tap
-from engine.compile.plan import MANIFEST, Plan, PlanStore, Progress
+from engine.compile.plan import Plan, PlanStore, Progress
+from engine.compile.plan_files import MANIFEST
 from engine.errors import PlanCorruptError, PlanError, PlanStorageError, UnsupportedError
 
 
