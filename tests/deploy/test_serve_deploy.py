@@ -120,7 +120,7 @@ def head(plans: Path, tmp_path: Path) -> Iterator[Head]:
         head.end()
 
 
-def test_serve_deploy_serves_a_picture(
+def test_serve_deploy_serves_a_picture_and_takes_another_configuration(
     head: Head, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     config = yaml.safe_load(DEPLOYED.read_text())
@@ -137,11 +137,7 @@ def test_serve_deploy_serves_a_picture(
 
     url = f"http://127.0.0.1:{port}"
     wait_until(lambda: _status(f"{url}/readyz") == 200, timeout_s=300.0)
-    reply = httpx.post(
-        f"{url}/v1/images/generations",
-        json={"prompt": "a red umbrella", "steps": 4, "response_format": "b64_json"},
-        timeout=60.0,
-    )
+    reply = _draw(url, steps=4)
     assert reply.status_code == 200, reply.text
     [picture] = reply.json()["data"]
     assert pixels(base64.b64decode(picture["b64_json"])).size > 0
@@ -149,8 +145,28 @@ def test_serve_deploy_serves_a_picture(
     assert running["status"] == "RUNNING"
     assert set(running["deployments"]) == {"Gateway", "Router", "Worker"}
 
+    # The same application with another key takes its place.
+    args["limits"] = {"max_steps": 3}
+    deployed.write_text(yaml.safe_dump(config))
+    head.serve("deploy", str(deployed))
+    wait_until(lambda: _refuses(url, steps=4), timeout_s=300.0)
+    wait_until(lambda: _status(f"{url}/readyz") == 200, timeout_s=300.0)
+    assert _draw(url, steps=3).status_code == 200
+
     head.serve("shutdown", "--yes")
     wait_until(lambda: _status(f"{url}/readyz") is None)
+
+
+def _draw(url: str, *, steps: int) -> httpx.Response:
+    asked = {"prompt": "a red umbrella", "steps": steps, "response_format": "b64_json"}
+    return httpx.post(f"{url}/v1/images/generations", json=asked, timeout=60.0)
+
+
+def _refuses(url: str, *, steps: int) -> bool:
+    """Whether a request is one too many steps by now; no gateway may be there for a moment."""
+    with contextlib.suppress(httpx.HTTPError):
+        return _draw(url, steps=steps).status_code == 400
+    return False
 
 
 def _status(url: str) -> int | None:
