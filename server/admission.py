@@ -216,6 +216,10 @@ class Admission:
             steps_per_s=sum(rate.steps_per_s for rate in self._fleet.rates()),
         )
 
+    def gateways(self) -> tuple[str, ...]:
+        """Every gateway that was heard lately."""
+        return tuple(self._gateways)
+
     def workers(self) -> tuple[WorkerReport, ...]:
         """The last report of every worker that is heard of."""
         return self._fleet.reports()

@@ -57,6 +57,7 @@ def application(config: ServeConfig, log: Path | None = None) -> Application:
         "max_constructor_retry_count": 1,
         "logging_config": {"log_level": "WARNING", "enable_access_log": False},
     }
+    named = RequestRouterConfig(request_router_class="server.serve_clients:NamedReplicaRouter")
     light: dict[str, Any] = {"num_cpus": 0}
     on_head = {**light, "resources": {_HEAD: _ROOM_ON_HEAD}}
     router = serve.deployment(RouterReplica, name="Router", ray_actor_options=on_head, **deploy)
@@ -64,9 +65,7 @@ def application(config: ServeConfig, log: Path | None = None) -> Application:
         Worker,
         name="Worker",
         ray_actor_options=_device(config),
-        request_router_config=RequestRouterConfig(
-            request_router_class="server.serve_clients:NamedReplicaRouter"
-        ),
+        request_router_config=named,
         **deploy,
         **_replicas(config),
     )
@@ -75,6 +74,7 @@ def application(config: ServeConfig, log: Path | None = None) -> Application:
         name="Gateway",
         num_replicas=config.http.gateways,
         ray_actor_options=on_head if config.http.gateways == 1 else light,
+        request_router_config=named,
         **deploy,
     )
     to_router = router.bind(config, log)

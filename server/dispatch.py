@@ -59,7 +59,7 @@ class Dispatcher(Protocol):
         ...
 
     async def metrics(self) -> Sequence[tuple[str, bytes]]:
-        """(replica name, Prometheus text) of every worker and the router that answers in time.
+        """(replica name, Prometheus text) of every other process that answers in time.
 
         Those that do not answer are left out; the gateway marks them as missing.
         """

@@ -15,7 +15,7 @@ from server.http_server import HttpServer
 from server.log_pipe import log_to
 from server.messages import Readiness
 from server.ray_dispatch import RayDispatcher
-from server.serve_clients import ServeRouterClient, ServeWorkersClient
+from server.serve_clients import ServeGatewaysClient, ServeRouterClient, ServeWorkersClient
 from server.services import open_services
 
 _LAST_REPLIES_S = 5.0
@@ -37,11 +37,17 @@ class Gateway:
     ) -> None:
         log_to(log, config.logging)
         self._drain_s = config.drain_timeout_s
+        context = serve.get_replica_context()
+        # In a thread: it asks Serve's controller and waits for the answer.
+        gateways = await asyncio.to_thread(
+            serve.get_deployment_handle, context.deployment, context.app_name
+        )
         self._dispatcher = RayDispatcher(
             config,
             ServeRouterClient(router),
             ServeWorkersClient(workers),
-            name=serve.get_replica_context().replica_tag,
+            gateways=ServeGatewaysClient(gateways),
+            name=context.replica_tag,
         )
         self._services = open_services(config, self._dispatcher)
         self._http = HttpServer(create_app(self._services), config.http)
@@ -53,6 +59,14 @@ class Gateway:
     async def readiness(self) -> Readiness:
         """Asked by whoever started the application."""
         return await self._dispatcher.readiness()
+
+    async def metrics(
+        self,
+        *,
+        replica: str,  # noqa: ARG002
+    ) -> tuple[str, bytes]:
+        """(this replica, its own metrics), asked by other gateways."""
+        return self._services.metrics.own_page()
 
     async def drain(self) -> None:
         """Refuse what is new, finish what is in flight within the configured time, and close."""

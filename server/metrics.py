@@ -7,6 +7,8 @@ tenants are those of the configuration.
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -32,12 +34,19 @@ class GatewayMetrics:
     Args:
         registry: by default one of its own.
         clock: for when a replica that no longer answers is forgotten.
+        name: the label ``replica`` of what it counts; by default of this process.
     """
 
     def __init__(
-        self, registry: CollectorRegistry | None = None, clock: Clock | None = None
+        self,
+        registry: CollectorRegistry | None = None,
+        clock: Clock | None = None,
+        *,
+        name: str | None = None,
     ) -> None:
         self.registry = registry or CollectorRegistry()
+        # Two gateways of one machine share the host's name, two of a cluster may share the number.
+        self.name = name or f"gateway-{socket.gethostname()}-{os.getpid()}"
         self._join = Join(clock or SystemClock())
         self.requests = Counter(
             "darkroom_http_requests",
@@ -121,16 +130,18 @@ class GatewayMetrics:
         """Count a request's first preview, ``seconds`` after its head."""
         self.first_preview_seconds.observe(seconds, exemplar_of(request_id))
 
-    def page(
-        self, own_name: str, others: Sequence[tuple[str, bytes]], *, format: Format = "text"
-    ) -> bytes:
+    def own_page(self) -> tuple[str, bytes]:
+        """(this replica, what it counts), for another gateway's page."""
+        return self.name, page_of(self.registry)
+
+    def page(self, others: Sequence[tuple[str, bytes]], *, format: Format = "text") -> bytes:
         """The metrics of this gateway and of ``others``, each sample with its replica.
 
         Args:
             others: (replica, its page) of those that answered. One that answered within the last
                 ten minutes and is not there now is marked by ``darkroom_replica_up`` 0.
         """
-        return self._join.page([(own_name, page_of(self.registry)), *others], format)
+        return self._join.page([self.own_page(), *others], format)
 
 
 def phases(timings: Timings) -> tuple[tuple[str, float], ...]:

@@ -26,7 +26,7 @@ from server.messages import (
 )
 from server.ray_drawing import Drawing, Surroundings
 from server.refusals import Refusals
-from server.remote import CALL_TIMEOUT_S, RouterClient, WorkersClient
+from server.remote import CALL_TIMEOUT_S, GatewaysClient, RouterClient, WorkersClient
 from server.watch import WorkerWatch
 
 _LAST_WORDS_S = 5.0
@@ -37,6 +37,7 @@ class RayDispatcher:
     """Implements :class:`server.dispatch.Dispatcher`. Belongs to one event loop.
 
     Args:
+        gateways: the others, whose metrics are then among :meth:`metrics`.
         name: of this gateway among others, for leases and logs.
     """
 
@@ -46,12 +47,14 @@ class RayDispatcher:
         router: RouterClient,
         workers: WorkersClient,
         *,
+        gateways: GatewaysClient | None = None,
         name: str | None = None,
         clock: Clock | None = None,
     ) -> None:
         clock = clock or UnixClock()
         name = name or f"gateway-{uuid.uuid4().hex[:8]}"
         self._configured = tuple(model.id for model in config.models)
+        self._gateways = gateways
         self._ledger = Ledger(name, router, clock)
         self._around = Surroundings(
             name=name,
@@ -129,13 +132,21 @@ class RayDispatcher:
         return Load() if pulse is None else pulse.load
 
     async def metrics(self) -> Sequence[tuple[str, bytes]]:
-        """(replica, Prometheus text) of the router and of every worker that answers in time."""
+        """(replica, Prometheus text) of everybody else who answers in time: other gateways, the
+        router, workers."""
         pulse = self._ledger.pulse
-        of_router, of_workers = await asyncio.gather(
+        of_router, of_workers, of_gateways = await asyncio.gather(
             self._around.router.metrics(),
             self._around.workers.metrics(pulse.workers if pulse is not None else ()),
+            self._of_gateways(pulse.gateways if pulse is not None else ()),
         )
-        return [*of_router, *of_workers]
+        return [*of_gateways, *of_router, *of_workers]
+
+    async def _of_gateways(self, names: Sequence[str]) -> Sequence[tuple[str, bytes]]:
+        others = [name for name in names if name != self._around.name]
+        if self._gateways is None or not others:
+            return ()
+        return await self._gateways.metrics(others)
 
     async def close(self, timeout_s: float) -> None:
         """Take nothing more, finish what runs, fail what is left after ``timeout_s`` seconds."""

@@ -42,6 +42,14 @@ class RouterClient(Protocol):
         ...
 
 
+class GatewaysClient(Protocol):
+    """The gateways, each by its replica's name."""
+
+    async def metrics(self, gateways: Sequence[str]) -> Sequence[tuple[str, bytes]]:
+        """(replica, its own Prometheus text) of those named that answer in time."""
+        ...
+
+
 class WorkersClient(Protocol):
     """The workers, each by its replica's name."""
 

@@ -143,6 +143,7 @@ class Router:
             models=self._models,
             load=self._admission.load(),
             workers=tuple(worker.id for worker in self._admission.workers()),
+            gateways=self._admission.gateways(),
         )
 
     async def lose(self, worker: str) -> None:

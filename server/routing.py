@@ -133,3 +133,5 @@ class Pulse:
     load: Load
     workers: tuple[str, ...]
     """The names of those that report."""
+    gateways: tuple[str, ...] = ()
+    """The names of those that were heard lately, whoever asks among them."""

@@ -31,7 +31,8 @@ _LOST = (
 class NamedReplicaRouter(RequestRouter):  # type: ignore[misc]  # Ray is not typed
     """Sends a call to the replica that its keyword argument ``replica`` names, and to no other.
 
-    Every gateway runs one of these; it is no part of the router's decision, which came before.
+    A call without one goes to any. Every gateway runs two of these, for workers and for gateways;
+    they are no part of the router's decision, which came before.
     """
 
     async def choose_replicas(
@@ -40,7 +41,7 @@ class NamedReplicaRouter(RequestRouter):  # type: ignore[misc]  # Ray is not typ
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
         """The named replica; without one that lives, the call fails instead of waiting for it."""
-        if pending_request is None:
+        if pending_request is None or "replica" not in pending_request.kwargs:
             return [candidate_replicas]
         pending_request.routing_context.should_backoff = True
         name = pending_request.kwargs.get("replica")
@@ -50,7 +51,7 @@ class NamedReplicaRouter(RequestRouter):  # type: ignore[misc]  # Ray is not typ
             # here; and while one worker cannot be reached, a few such questions hold up all calls.
             self._fulfill_next_pending_request(named[0], pending_request.metadata)
         elif not pending_request.future.done():
-            pending_request.future.set_exception(ReplicaLostError(f"worker {name} is gone"))
+            pending_request.future.set_exception(ReplicaLostError(f"replica {name} is gone"))
         return [named or candidate_replicas]
 
 
@@ -86,6 +87,17 @@ class ServeRouterClient:
     async def metrics(self) -> Sequence[tuple[str, bytes]]:
         """See :class:`server.remote.RouterClient`."""
         return await _pages([self._calls.metrics.remote()])
+
+
+class ServeGatewaysClient:
+    """Implements :class:`server.remote.GatewaysClient`."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._calls = handle
+
+    async def metrics(self, gateways: Sequence[str]) -> Sequence[tuple[str, bytes]]:
+        """See :class:`server.remote.GatewaysClient`."""
+        return await _pages([self._calls.metrics.remote(replica=name) for name in gateways])
 
 
 class ServeWorkersClient:

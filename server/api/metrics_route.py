@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-
 from fastapi import APIRouter, Depends, Request, Response
 
 from server.auth import observer_of
@@ -16,8 +13,6 @@ from server.services import Services
 def routes(services: Services) -> APIRouter:
     """The route."""
     router = APIRouter(tags=["operation"])
-    # Two gateways of one machine share the host's name, two of a cluster may share the number.
-    own_name = f"gateway-{socket.gethostname()}-{os.getpid()}"
 
     @router.get(
         "/metrics",
@@ -36,7 +31,7 @@ def routes(services: Services) -> APIRouter:
         dependencies=[Depends(observer_of)],
     )
     async def metrics(request: Request) -> Response:
-        """This gateway's metrics, and those of every router and worker that answers in time.
+        """The metrics of every gateway, router and worker that answers in time.
 
         Each sample carries its `replica`. Who accepts `application/openmetrics-text` gets that,
         with the id of a request as exemplar of each bucket of latency.
@@ -46,7 +41,7 @@ def routes(services: Services) -> APIRouter:
         """
         wanted = format_for(request.headers.get("accept", ""))
         others = await services.dispatcher.metrics()
-        page = services.metrics.page(own_name, others, format=wanted)
+        page = services.metrics.page(others, format=wanted)
         return Response(page, headers={"content-type": CONTENT_TYPES[wanted], "vary": "accept"})
 
     return router

@@ -80,11 +80,22 @@ def test_redis_stops_and_starts_and_no_request_fails(stage: Stage) -> None:
     assert {reply.status for reply in got} == {200}
 
 
+def test_whichever_gateway_is_asked_counts_what_all_have_done(stage: Stage) -> None:
+    wait_until(lambda: len(answering(stage.served)) == GATEWAYS)
+    assert [draw(stage.served, steps=4).status for _ in range(20)] == [200] * 20
+    pages = [samples(stage.served, "darkroom_gateway_pictures_total") for _ in range(16)]
+    assert pages == [pages[0]] * 16
+    assert len(pages[0]) == GATEWAYS
+    assert sum(pages[0].values()) >= 20
+
+
 def test_one_of_two_gateways_dies_and_the_port_answers_as_before(stage: Stage) -> None:
     wait_until(lambda: len(answering(stage.served)) == GATEWAYS)
     [killed, left] = stage.served.replicas("Gateway")
     killed.kill()
     killed.wait()
+    # The other one has had it on its pages, and says that it is missing.
+    wait_until(lambda: 0.0 in samples(stage.served, "darkroom_replica_up").values())
     # What was on its way to the dead one is lost; whoever comes now meets the other.
     assert [draw(stage.served, steps=4).status for _ in range(10)] == [200] * 10
     wait_until(lambda: len(stage.served.replicas("Gateway")) == GATEWAYS)
@@ -94,10 +105,19 @@ def test_one_of_two_gateways_dies_and_the_port_answers_as_before(stage: Stage) -
 
 
 def answering(served: Served) -> set[str]:
-    """The gateways that take connections to the one port, as the pages of metrics name them."""
+    """The gateways that take connections to the one port: each is busy with the page it writes."""
     found: set[str] = set()
     for _ in range(16):
-        text = httpx.get(f"{served.url}/metrics", timeout=30.0).text
-        lines = [line for line in text.splitlines() if line.startswith("darkroom_http_requests_in")]
-        found.update(line.partition('replica="')[2].partition('"')[0] for line in lines)
+        busy = samples(served, "darkroom_http_requests_in_flight")
+        found.update(replica for replica, requests in busy.items() if requests)
     return found
+
+
+def samples(served: Served, name: str) -> dict[str, float]:
+    """A metric's values by their replicas, from whichever gateway answers."""
+    text = httpx.get(f"{served.url}/metrics", timeout=30.0).text
+    lines = [line for line in text.splitlines() if line.startswith(f"{name}{{")]
+    return {
+        line.partition('replica="')[2].partition('"')[0]: float(line.rpartition(" ")[2])
+        for line in lines
+    }

@@ -179,21 +179,20 @@ def test_the_table_of_metrics_is_that_of_the_code() -> None:
     from engine.noise_statistics import ReuseCounts
     from engine.ports import CacheStatistics
     from server.cache_metrics import CacheCollector
+    from server.config import ServeConfig
     from server.messages import Load
     from server.metrics import GatewayMetrics
     from server.metrics_page import families_of
     from server.router_metrics import RouterMetrics
-    from server.worker_metrics import WorkerMetrics
+    from server.settings import Settings
+    from server.worker_core import WorkerCore
 
     cache = CollectorRegistry()
     cache.register(CacheCollector(ReuseCounts().statistics, lambda: CacheStatistics(backend="m")))
-    worker = WorkerMetrics()
-    for name in ("live_tasks", "steps_left", "memory_budget_bytes"):  # watched by the worker core
-        worker.watch(f"darkroom_{name}", "", float)
     texts = [
-        GatewayMetrics().page("gateway", []),
+        GatewayMetrics().page([]),
         RouterMetrics().text(Load(), 0),
-        worker.text(),
+        WorkerCore(ServeConfig(), Settings.from_environment({})).metrics_text(),
         generate_latest(cache),
     ]
     counted = {

@@ -46,7 +46,7 @@ def worker_page(request_id: str = ID) -> bytes:
 
 
 def gateway(request_id: str = ID) -> GatewayMetrics:
-    metrics = GatewayMetrics(clock=FakeClock())
+    metrics = GatewayMetrics(clock=FakeClock(), name="gateway-0")
     metrics.ended(route="/r", outcome="ok", status=200, seconds=0.3, request_id=request_id)
     metrics.drew([a_picture()], tenant="t", request_id=request_id)
     metrics.previewed(0.2, request_id=request_id)
@@ -57,7 +57,7 @@ def joined(metrics: GatewayMetrics, *workers: bytes) -> dict[str, Metric]:
     """The page of a gateway, a router and workers, as the strict parser reads it."""
     pages = [("router-0", RouterMetrics().text(Load(), len(workers)))]
     pages += [(f"worker-{number}", page) for number, page in enumerate(workers)]
-    text = metrics.page("gateway-0", pages, format="openmetrics").decode()
+    text = metrics.page(pages, format="openmetrics").decode()
     assert text.endswith("# EOF\n")
     assert text.count("# EOF") == 1
     families: list[Metric] = list(text_string_to_metric_families(text))  # type: ignore[no-untyped-call]
@@ -105,7 +105,7 @@ def test_the_older_format_has_the_same_samples_and_no_exemplar() -> None:
     metrics = gateway()
     pages = [("worker-0", worker_page())]
 
-    text = metrics.page("gateway-0", pages, format="text").decode()
+    text = metrics.page(pages, format="text").decode()
 
     assert ID not in text
     assert "_created" not in text
@@ -114,7 +114,7 @@ def test_the_older_format_has_the_same_samples_and_no_exemplar() -> None:
     }
     newer = {
         (s.name, *sorted(s.labels.items()))
-        for f in families_of(metrics.page("gateway-0", pages, format="openmetrics"))
+        for f in families_of(metrics.page(pages, format="openmetrics"))
         for s in f.samples
     }
     assert older == newer
