@@ -126,7 +126,7 @@ def table(phases: Sequence[Phase]) -> str:
     lines += [
         f"| {it.name} ({it.offered_per_s:.1f}/s) | {it.requests} | {it.pictures}"
         f" | {it.goodput_per_s:.2f} | {it.p50_s:.2f} s | {it.p95_s:.2f} s | {it.refused}"
-        f" | {it.asked_router} | {1000 * it.refused_p95_s:.0f} ms | {it.retry_after_s:.0f} s"
+        f" | {it.asked_router} | {_refusal(it)}"
         f" | {sum(it.failed.values())} |"
         for it in phases
     ]
@@ -137,6 +137,12 @@ def table(phases: Sequence[Phase]) -> str:
         shown += [sum(it.cores.values()) - sum(shown), it.client_cores]
         lines.append(f"| {it.name} | " + " | ".join(f"{cores:.2f}" for cores in shown) + " |")
     return "\n".join(lines)
+
+
+def _refusal(phase: Phase) -> str:
+    if not phase.refused:
+        return "– | –"
+    return f"{1000 * phase.refused_p95_s:.0f} ms | {phase.retry_after_s:.0f} s"
 
 
 def _say(what: str) -> None:
