@@ -1,6 +1,6 @@
 """Ten times the capacity, offered to a whole server: what those who get in notice of it.
 
-    python -m loadtests.overload [--factor 10] [--seconds 60] [--queued-steps 1500] [--json F]
+    python -m loadtests.overload [--factor 10] [--seconds 60] [--queued-steps 500] [--json F]
 
 First the capacity, as pictures a second with many clients that ask again and again; then random
 arrivals at the capacity, and at ``--factor`` times that. Arrivals are an open loop: nobody waits
@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=96, help="that they draw")
     parser.add_argument("--factor", type=float, default=10.0, help="of the capacity")
     parser.add_argument("--seconds", type=float, default=60.0, help="of random arrivals")
-    parser.add_argument("--queued-steps", type=int, default=1500, help="that may wait")
+    parser.add_argument("--queued-steps", type=int, default=500, help="that may wait")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
