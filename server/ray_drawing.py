@@ -3,7 +3,8 @@
 One task of asyncio asks the router, and one for each granted picture reads from its worker; all
 put their news into one bounded queue, which :meth:`Drawing.events` empties.
 
-When a worker dies, its pictures go on from their last snapshots on another, once. When the router
+When a worker dies, its pictures go on from their last snapshots on another, once; those that it had
+not begun just go elsewhere. When the router
 dies, running pictures notice nothing, and waiting ones are admitted again with their old place.
 """
 
@@ -49,7 +50,9 @@ from server.watch import WorkerWatch
 _log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 2
-"""Workers that a picture may start on."""
+"""Workers that a picture may begin on: if it is what kills them, that must end."""
+MAX_LOST = 4
+"""Workers that it may be sent to: when several die at once, some were dead before it came."""
 _UNREAD = 8
 """News of a request that may wait to be read; then its workers' streams wait."""
 _PAUSE_S = 0.1
@@ -189,10 +192,10 @@ class Drawing:
 
     async def _run(self, grant: Grant) -> None:
         """Draw one picture on the worker that was granted, and if that dies on another."""
-        deaths = 0
+        deaths = lost = 0
         for number in itertools.count(2):
             try:
-                unfinished = await self._draw(grant, attempt=deaths + 1)
+                unfinished, begun = await self._draw(grant, attempt=deaths + 1)
             finally:
                 self._around.ledger.end(grant.ticket.id)
             if unfinished is None:
@@ -203,9 +206,11 @@ class Drawing:
                 await asyncio.sleep(_PAUSE_S)  # full after all: the router's count is a moment old
             else:
                 await self._tell_lost(grant.worker)
-            deaths += isinstance(unfinished, ReplicaLostError | CancelledError)
-            if deaths == MAX_ATTEMPTS:
-                error = WorkerLostError(f"{deaths} workers died with this picture")
+            gone = isinstance(unfinished, ReplicaLostError | CancelledError)
+            lost += gone
+            deaths += gone and begun
+            if deaths == MAX_ATTEMPTS or lost == MAX_LOST:
+                error = WorkerLostError(f"{lost} workers died with this picture")
                 await self._fail(grant.ticket, error)
                 return
             ticket = self._again(grant.ticket, number)
@@ -214,11 +219,16 @@ class Drawing:
                 return  # its deadline passed
             [grant] = again
 
-    async def _draw(self, grant: Grant, *, attempt: int) -> DarkroomError | None:
-        """Pass on what the worker says; returns why another one has to go on, if one has to."""
+    async def _draw(self, grant: Grant, *, attempt: int) -> tuple[DarkroomError | None, bool]:
+        """Pass on what the worker says.
+
+        Returns:
+            Why another worker has to go on, if one has to; and whether this one had begun.
+        """
         task = self._tasks[grant.ticket.id]
         waited_s = self._around.clock.now_s() - self._began_at_s
         unfinished: DarkroomError | None = ReplicaLostError("the worker ended without a word")
+        begun = False
         try:
             # Read to its end: leaving a stream early cancels the call behind it.
             async with (
@@ -230,6 +240,7 @@ class Drawing:
                         case Checkpointed():
                             self._tasks[task.id] = replace(task, snapshot=event.snapshot)
                         case Started():
+                            begun = True
                             await self._news.put(replace(event, attempt=attempt))
                         case Failed(error=ClosedError() | OverloadedError() | CancelledError()):
                             unfinished = event.error  # the worker's: nobody here cancelled
@@ -242,8 +253,8 @@ class Drawing:
                         case _:
                             await self._news.put(event)
         except ReplicaLostError as error:
-            return None if unfinished is None else error
-        return unfinished
+            unfinished = None if unfinished is None else error
+        return unfinished, begun
 
     def _again(self, ticket: Ticket, number: int) -> Ticket:
         """The same task from where it stands, under a name that nothing late can refer to."""

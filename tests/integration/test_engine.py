@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,16 +126,17 @@ def test_the_model_must_be_loaded(tiny_engine: Engine) -> None:
 
 
 def test_warm_up_measures_once_and_keeps_it_beside_the_plan(
-    tiny_plan: Callable[[str], Plan], cpu_runtime: Runtime, plans: Path
+    tiny_plan: Callable[[str], Plan], cpu_runtime: Runtime
 ) -> None:
+    plan = tiny_plan("text")
     for _ in range(2):
         engine = Engine()
-        engine.load(Model.open(tiny_plan("text"), cpu_runtime))
+        engine.load(Model.open(plan, cpu_runtime))
         engine.start()
         engine.warm_up()
         assert engine.rows_per_s() > 0
         engine.close()
-        kept = list(plans.glob("*.timings/*.json"))
+        kept = list(plan.timings_folder.glob("*.json"))
         assert len(kept) == 1
         written = kept[0].stat().st_mtime_ns
     assert kept[0].stat().st_mtime_ns == written
