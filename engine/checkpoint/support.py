@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.checkpoint.config import MAX_LAYERS, MAX_SIZE, Config
-from engine.errors import CorruptCheckpointError
+from engine.errors import CorruptCheckpointError, UnsupportedError
+from engine.solvers import from_scheduler_config
 
 PIPELINES = {
     "StableDiffusionPipeline",
@@ -209,13 +210,21 @@ def check_text_encoder(config: Config) -> list[str]:
 
 
 def check_scheduler(config: Config) -> list[str]:
-    """What no solver could serve; :mod:`engine.solvers` maps the classes."""
+    """What no solver could draw with; :mod:`engine.solvers` reads classes and settings.
+
+    Raises:
+        CorruptCheckpointError: a value is no number where one is needed, or out of range.
+    """
     prediction = config.text("prediction_type", "epsilon")
     if prediction not in _PREDICTIONS:
         return [
             f"{config.label}: prediction_type={prediction!r} is not supported; "
             f"supported: {', '.join(_PREDICTIONS)}"
         ]
+    try:
+        from_scheduler_config(config.values).check()
+    except UnsupportedError as error:
+        return [str(error)]
     return []
 
 

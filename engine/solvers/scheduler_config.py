@@ -2,7 +2,8 @@
 
 :data:`SCHEDULER_CLASSES` is the whole mapping, one line per scheduler class. ``exact`` means equal
 to that class to float tolerance; ``nearest`` means another solver on the same noise schedule draws
-the picture, and the ``note`` says which and why; a class that is absent is refused by name.
+the picture, as the reply then says, and the ``note`` says why; a class that is absent is refused by
+name. ``README.md`` beside this file holds the same for people.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Literal
 from engine.errors import CorruptCheckpointError, InvalidRequestError, UnsupportedError
 from engine.solvers.noise_schedule import NoiseSchedule
 from engine.solvers.options import TOP, SolverOptions, Start
-from engine.solvers.registry import SOLVERS, solver_named
+from engine.solvers.registry import SOLVERS, check_combination, solver_named
 from engine.solvers.table import SolverTable, table
 
 
@@ -32,6 +33,7 @@ class SchedulerClass:
     lower_order_final: bool = True
 
 
+_FILE = "scheduler/scheduler_config.json"
 _K_BETAS = ("linear", 0.00085, 0.012)
 _LCM_BETAS = ("scaled_linear", 0.00085, 0.012)
 
@@ -74,8 +76,7 @@ SCHEDULER_CLASSES: dict[str, SchedulerClass] = {
     ),
 }
 
-# What each class refuses to ignore: settings that change the arithmetic in ways no table holds.
-_MUST_BE_OFF = {
+MUST_BE_OFF = {
     "thresholding": "dynamic thresholding is not linear in the prediction",
     "use_beta_sigmas": "the beta schedule is not served",
     "use_lu_lambdas": "the Lu schedule is not served",
@@ -84,13 +85,15 @@ _MUST_BE_OFF = {
     "sigma_min": "overridden sigma ranges are not served",
     "sigma_max": "overridden sigma ranges are not served",
 }
-_MUST_EQUAL: dict[str, tuple[object, ...]] = {
+"""Settings that change the arithmetic in ways no table holds, and so are refused, not ignored."""
+MUST_EQUAL: dict[str, tuple[object, ...]] = {
     "interpolation_type": ("linear",),
     "timestep_type": ("discrete",),
     "predict_x0": (True,),
     "solver_p": (None,),
     "variance_type": (None, "fixed_small", "fixed_small_log"),
 }
+"""Settings that may be left out or have one of these values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +113,24 @@ class SchedulerDefaults:
     noise_schedule: NoiseSchedule
     options: SolverOptions
     config: Mapping[str, Any]
+
+    @property
+    def substitution(self) -> str | None:
+        """``LMSDiscrete as dpmpp_2m`` where another solver draws requests that name none."""
+        kind = self.scheduler_class.removesuffix("Scheduler")
+        return None if self.service == "exact" else f"{kind} as {self.solver}"
+
+    def check(self) -> None:
+        """Refuse what could not draw one picture as the checkpoint says.
+
+        Raises:
+            UnsupportedError: solver, schedule, prediction and noise do not go together.
+        """
+        solver, noise = SOLVERS[self.solver], self.noise_schedule
+        try:
+            check_combination(solver, self.schedule, self.prediction_type, noise, self.options)
+        except (InvalidRequestError, UnsupportedError) as error:
+            raise UnsupportedError(f"{_FILE}: {error}") from error
 
     def with_solver(self, solver: str) -> SchedulerDefaults:
         """The same checkpoint under another solver: set keys carry over, its own defaults do not.
@@ -164,17 +185,16 @@ def from_scheduler_config(config: Mapping[str, Any]) -> SchedulerDefaults:
         CorruptCheckpointError: a value is no number where one is needed, or out of range.
     """
     name = str(config.get("_class_name", ""))
-    if name not in SCHEDULER_CLASSES:
-        raise UnsupportedError(
-            f"scheduler/scheduler_config.json: _class_name={name!r} is not supported;"
-            f" allowed: {', '.join(SCHEDULER_CLASSES)}"
-        )
-    if config.get("clip_sample", SCHEDULER_CLASSES[name].clips):
-        raise _refused("clip_sample", True, "clipping is not linear; latent models never clip")
     try:
+        if name not in SCHEDULER_CLASSES:
+            raise _refused("_class_name", name, f"allowed: {', '.join(SCHEDULER_CLASSES)}")
+        if config.get("clip_sample", SCHEDULER_CLASSES[name].clips):
+            raise _refused("clip_sample", True, "clipping is not linear; latent models never clip")
         return _read(config, name, None)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{_FILE}: {error}") from error
     except (InvalidRequestError, TypeError, ValueError) as error:
-        raise CorruptCheckpointError(f"scheduler/scheduler_config.json: {error}") from error
+        raise CorruptCheckpointError(f"{_FILE}: {error}") from error
 
 
 def _read(config: Mapping[str, Any], class_name: str, solver: str | None) -> SchedulerDefaults:
@@ -199,10 +219,10 @@ def _read(config: Mapping[str, Any], class_name: str, solver: str | None) -> Sch
 
 
 def _check(config: Mapping[str, Any]) -> None:
-    for key, reason in _MUST_BE_OFF.items():
+    for key, reason in MUST_BE_OFF.items():
         if config.get(key):
             raise _refused(key, config[key], reason)
-    for key, allowed in _MUST_EQUAL.items():
+    for key, allowed in MUST_EQUAL.items():
         if key in config and config[key] not in allowed:
             wanted = ", ".join(repr(value) for value in allowed)
             raise _refused(key, config[key], f"allowed: {wanted}")
@@ -272,6 +292,4 @@ def _options(
 
 
 def _refused(key: str, value: object, reason: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"scheduler/scheduler_config.json: {key}={value!r} is not supported: {reason}"
-    )
+    return UnsupportedError(f"{key}={value!r} is not supported: {reason}")

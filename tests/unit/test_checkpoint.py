@@ -248,6 +248,21 @@ def test_opening_imports_no_torch(tiny_checkpoint: Tiny) -> None:
         ("text_encoder", {"use_attention_mask": True}, "use_attention_mask=True"),
         ("text_encoder", {"auto_map": {"AutoModel": "evil.Model"}}, "auto_map"),
         ("scheduler", {"prediction_type": "flow_prediction"}, "'flow_prediction'"),
+        ("scheduler", {"_class_name": "EDMEulerScheduler"}, "_class_name='EDMEulerScheduler'"),
+        ("scheduler", {"thresholding": True}, "thresholding=True"),
+        ("scheduler", {"skip_prk_steps": False}, "skip_prk_steps=False"),
+        ("scheduler", {"timestep_spacing": "fancy"}, "spacing='fancy'"),
+        ("scheduler", {"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid'"),
+        (
+            "scheduler",
+            {"_class_name": "EulerDiscreteScheduler", "rescale_betas_zero_snr": True},
+            "zero terminal SNR",
+        ),
+        (
+            "scheduler",
+            {"_class_name": "UniPCMultistepScheduler", "solver_type": "bh1"},
+            "solver_type 'bh1'",
+        ),
     ],
 )
 def test_unsupported_configs_are_refused_by_name(
@@ -266,10 +281,12 @@ def test_all_problems_are_told_at_once(copy: Tiny) -> None:
     folder = copy("sd15")
     edit(folder / "unet/config.json", class_embed_type="timestep", dual_cross_attention=True)
     edit(folder / "vae/config.json", latents_std=[1.0] * 4)
+    edit(folder / "scheduler/scheduler_config.json", use_lu_lambdas=True)
     edit(folder / "model_index.json", text_encoder=["transformers", "T5EncoderModel"])
     with pytest.raises(UnsupportedError) as caught:
         Checkpoint.open(folder)
-    for part in ("class_embed_type", "dual_cross_attention", "latents_std", "T5EncoderModel"):
+    parts = ("class_embed_type", "dual_cross_attention", "latents_std", "use_lu_lambdas")
+    for part in (*parts, "T5EncoderModel"):
         assert part in str(caught.value)
 
 
