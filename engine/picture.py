@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from engine.model import Model
 from engine.models import Served
+from engine.prepare import Resolved
 from engine.reuse_noise import Visit
 from engine.types import Image, Picture, Timings
 
@@ -35,9 +37,16 @@ def describe(
         clip_skip=resolved.request.clip_skip,
         approximations={
             **model.approximations,
+            **_substitution(visit.resolved, model),
             **model.vae.approximations(resolved.width_px, resolved.height_px),
             **visit.approximations,
         },
         reuse=visit.reuse,
         timings=timings,
     )
+
+
+def _substitution(resolved: Resolved, model: Model) -> dict[str, str]:
+    """A solver that draws in place of the checkpoint's own; one that was asked for is exact."""
+    found = model.solver_defaults.substitution
+    return {} if found is None or resolved.request.solver is not None else {"scheduler": found}

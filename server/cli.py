@@ -163,7 +163,10 @@ def inspect(
     folder = _model_folder(settings, what, must_exist=False)
     if folder is not None and not (Path(what) / "plan.json").exists():
         spec = Checkpoint.open(folder).model_spec()
-        _out.print_json(spec.model_dump_json())
+        from server.describe import describe_solver
+
+        told = spec.model_dump(mode="json") | {"solver": describe_solver(spec.scheduler_config)}
+        _out.print_json(data=told)
         return
     plan = PlanStore(settings.plans).open(what)
     if as_json:

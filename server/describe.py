@@ -1,10 +1,10 @@
-"""What ``darkroom inspect`` says of a plan."""
+"""What ``darkroom inspect`` and ``darkroom models`` say of plans and solvers."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,16 @@ _LEVELS = 8
 _SENSITIVE_GROUPS = 8
 
 
+def describe_solver(scheduler_config: Mapping[str, Any]) -> str:
+    """What draws requests that name no solver, and instead of what, where that is another one."""
+    from engine.solvers import from_scheduler_config
+
+    found = from_scheduler_config(scheduler_config)
+    if found.substitution is None:
+        return f"{found.solver} ({found.scheduler_class})"
+    return f"{found.solver} in place of {found.scheduler_class}: {found.note}"
+
+
 def describe_plan(console: Console, manifest: PlanManifest, folder: Path) -> None:
     """Print what a plan holds and, where it is int8, what was measured and decided for it."""
     latent = manifest.model.latent
@@ -30,6 +40,7 @@ def describe_plan(console: Console, manifest: PlanManifest, folder: Path) -> Non
         f"digest {manifest.digest}\n"
         f"latent {latent.channels} channels, {latent.factor_px} px a cell;"
         f" native {latent.native_px} px\n"
+        f"solver {describe_solver(manifest.model.scheduler_config)}\n"
         f"versions {json.dumps(manifest.versions)}",
         highlight=False,
         soft_wrap=True,

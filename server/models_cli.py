@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.errors import BackendUnavailableError, DarkroomError
+from server.describe import describe_solver
 from server.errors import ServerError
 from server.settings import Settings
 
@@ -45,7 +46,7 @@ def models(context: typer.Context) -> None:
             table.add_row(folder.parent.name, "", "", "", "", f"no: {error}")
             continue
         native = f"{spec.latent.native_px} px"
-        solver = str(spec.scheduler_config.get("_class_name", ""))
+        solver = describe_solver(spec.scheduler_config)
         table.add_row(spec.name, spec.family, native, spec.prediction_type, solver, "yes")
     _out.print(table)
 

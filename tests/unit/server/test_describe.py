@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from engine.compile import quantize
-from server.describe import INT8_TABLE, describe_plan
+from server.describe import INT8_TABLE, describe_plan, describe_solver
 
 FOUND = {
     "snr_db": 31.04,
@@ -42,7 +42,11 @@ def manifest(**files: str) -> Any:
     return cast(
         Any,
         SimpleNamespace(
-            model=SimpleNamespace(name="tiny", latent=latent),
+            model=SimpleNamespace(
+                name="tiny",
+                latent=latent,
+                scheduler_config={"_class_name": "LMSDiscreteScheduler"},
+            ),
             backend="onnxruntime",
             precision="int8",
             digest="d" * 64,
@@ -94,3 +98,11 @@ def test_a_float_plan_has_no_such_table(folder: Path) -> None:
 
 def test_it_reads_the_file_that_quantization_writes() -> None:
     assert INT8_TABLE == quantize.TABLE
+
+
+def test_a_solver_that_stands_in_for_the_checkpoints_own_is_told(tmp_path: Path) -> None:
+    told = described(tmp_path)
+    assert "solver dpmpp_2m in place of LMSDiscreteScheduler: another linear multistep" in told
+    assert describe_solver({"_class_name": "EulerDiscreteScheduler"}) == (
+        "euler (EulerDiscreteScheduler)"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from engine.errors import CorruptCheckpointError, InvalidRequestError, UnsupportedError
-from engine.solvers import SCHEDULER_CLASSES, SOLVERS, from_scheduler_config
+from engine.solvers import SCHEDULER_CLASSES, SOLVERS, from_scheduler_config, scheduler_config
+from engine.solvers.scheduler_config import MUST_BE_OFF, MUST_EQUAL
 
 SD15 = {
     "_class_name": "PNDMScheduler",
@@ -96,7 +98,7 @@ def test_settings_choose_solver_and_schedule(
     ],
 )
 def test_what_is_not_served_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
-    with pytest.raises(UnsupportedError, match=named):
+    with pytest.raises(UnsupportedError, match=f"^scheduler/scheduler_config.json: .*{named}"):
         from_scheduler_config({**SD15, **changes})
 
 
@@ -119,7 +121,24 @@ def test_the_nearest_solver_becomes_exact_when_asked_for_by_name() -> None:
     defaults = from_scheduler_config({**SD15, "_class_name": "LMSDiscreteScheduler"})
     assert defaults.service == "nearest"
     assert "multistep" in defaults.note
-    assert defaults.with_solver("dpmpp_2m").service == "exact"
+    assert defaults.substitution == "LMSDiscrete as dpmpp_2m"
+    assert defaults.with_solver("dpmpp_2m").substitution is None
+
+
+def test_the_document_lists_every_class_and_every_setting_that_is_refused() -> None:
+    """Rows are written as they are checked: a change of the mapping fails here until it is told."""
+    rows = [
+        f"| `{name}` | `{described.solver}` | {described.service} | {described.note} |"
+        for name, described in SCHEDULER_CLASSES.items()
+    ]
+    rows += [f"| `{key}` | off | {reason} |" for key, reason in MUST_BE_OFF.items()]
+    rows += [
+        f"| `{key}` | {' or '.join(f'`{value}`' for value in allowed)} | |"
+        for key, allowed in MUST_EQUAL.items()
+    ]
+    text = (Path(scheduler_config.__file__).parent / "README.md").read_text()
+    told = [line for line in text.splitlines() if line.startswith("| `")]
+    assert told == rows, "\n" + "\n".join(rows)
 
 
 def test_pixel_models_clip_by_default_and_are_refused() -> None:
