@@ -122,9 +122,18 @@ def rendered(items: list[Item], atlas: WideAtlas, seed: int = 0) -> Pictures:
 
 
 def draw(
-    pipe: DiffusionPipeline, items: list[Item], variant: Variant, outlines: Pictures | None = None
+    pipe: DiffusionPipeline,
+    items: list[Item],
+    variant: Variant,
+    outlines: Pictures | None = None,
+    size_px: tuple[int, int] | None = None,
 ) -> Pictures:
-    """Pictures of some prompts, uint8 ``(n, h, w, 3)``; each from its own seed."""
+    """Pictures of some prompts, uint8 ``(n, h, w, 3)``; each from its own seed.
+
+    Args:
+        size_px: (width, height); by default the model's own.
+    """
+    width_px, height_px = size_px or (None, None)
     control = {} if outlines is None else {"image": [Image.fromarray(o) for o in outlines]}
     pictures = pipe(
         [item.prompt if variant.words else "" for item in items],
@@ -132,6 +141,8 @@ def draw(
         num_inference_steps=variant.steps,
         guidance_scale=variant.guidance,
         output_type="np",
+        width=width_px,
+        height=height_px,
         **control,
     ).images
     return np.asarray(np.rint(pictures * 255), dtype=np.uint8)

@@ -63,6 +63,15 @@ LORA_PROMPTS = (
     "an owl",
     "a bicycle",
 )
+SIZES_PX = ((96, 96), (128, 192), (192, 128), (192, 192), (256, 256))
+SIZE_PROMPTS = (
+    "a cat",
+    "a castle",
+    "a bicycle, flat style",
+    "a dog next to an umbrella",
+    "three red apples",
+    "a penguin on an orange background",
+)
 LCM_PROMPTS = (*LORA_PROMPTS, "a dog next to an umbrella", "two balloons on a pink background")
 
 
@@ -166,12 +175,29 @@ def outlines_sheet(models: Path, work: Path, device: str) -> Image.Image:
     return assemble(cells, len(OUTLINED))
 
 
+def sizes_sheet(models: Path, work: Path, device: str) -> Image.Image:  # noqa: ARG001
+    """The same prompts at other sizes than the model's own, a row for each."""
+    variant = VARIANTS["steps-20"]
+    pipe = open_pipeline(models, variant, device)
+    items = items_of(SIZE_PROMPTS, 1000)
+    side_px = max(max(size) for size in SIZES_PX)
+    cells: list[Cell] = []
+    for width_px, height_px in SIZES_PX:
+        drawn = draw(pipe, items, variant, size_px=(width_px, height_px))
+        for pixels, item in zip(drawn, items, strict=True):
+            cell = Image.new("RGB", (side_px, side_px), "lightgrey")
+            cell.paste(Image.fromarray(pixels), (0, 0))
+            cells.append(Cell(cell, f"{width_px}x{height_px} px: {item.prompt}"))
+    return assemble(cells, len(SIZE_PROMPTS))
+
+
 SHEETS = {
     "concepts": concepts_sheet,
     "compositions": compositions_sheet,
     "loras": loras_sheet,
     "lcm": lcm_sheet,
     "controlnet": outlines_sheet,
+    "sizes": sizes_sheet,
 }
 
 
