@@ -256,6 +256,6 @@ class Drawing:
                 queue_s=timings.queue_s + self._waited_s,
                 decode_s=timings.decode_s + self._shop.clock.now_s() - began_s,
             ),
-            cache=None if picture.reuse is None else str(picture.reuse.outcome),
+            cache=picture.reuse,
             ticks=tuple(self._ticks),
         )

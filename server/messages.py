@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from engine.errors import DarkroomError
-from engine.types import GenerateRequest, Timings
+from engine.types import GenerateRequest, Reuse, Timings
 from server.config import ModelConfig
 
 PictureFormat = Literal["png", "jpeg", "webp"]
@@ -124,8 +124,8 @@ class Drawn:
     approximations: Mapping[str, str] = field(default_factory=dict)
     timings: Timings = field(default_factory=Timings)
     attempts: int = 1
-    cache: str | None = None
-    """What became of its look into the noise cache; None on an engine without one."""
+    cache: Reuse | None = None
+    """What it owes to the noise cache; None on an engine without one."""
     ticks: tuple[Tick, ...] = ()
     """Of a traced task, else none."""
 
@@ -197,6 +197,8 @@ class ModelChange:
     action: Literal["add", "reload", "remove"]
     model: ModelConfig
     """To add: all of it. To reload or remove: the id alone counts."""
+    at_s: float = 0.0
+    """Unix time of it: of two changes of a model, the later one counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

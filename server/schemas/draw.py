@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from engine.types import CacheDirective, CacheMode
+from engine.types import CacheDirective, CacheMode, Reuse
 from server.messages import Drawn, PictureFormat
 from server.schemas.base import Body, Reply, ScheduleName, Seed, SolverName, TimingsReply
 
@@ -97,10 +97,40 @@ class DrawBody(Body):
     `deadline_too_short` where a picture takes longer even alone; then `Retry-After` is the time in
     which the queue drains, and more time or fewer steps help."""
     cache: CacheBody | None = None
-    """By default off for a request that names its seed, and approximate for others, where the
-    server has a noise cache."""
+    """By default off for a request that names its seed, and for others what the server's
+    `cache.default` says, which is off unless its operator has set it to approximate."""
     metadata: bool = True
     """Whether the files hold the parameters that drew them, the prompt included."""
+
+
+class ReuseReply(Reply):
+    """What a picture owes to the noise cache."""
+
+    outcome: Literal["hit", "miss", "slow", "failed", "off", "bypassed"]
+    """`slow` and `failed` are misses: no answer in time, or none at all. `off`: not asked for.
+    `bypassed`: this kind of request does not use the cache, as `note` says."""
+    mode: Literal["off", "exact", "approximate"]
+    """What the request asked for, or what the server does where it asked for nothing."""
+    source: str | None = None
+    """Id of the stored state that it started from, or that it is; null without a hit."""
+    similarity: float | None = None
+    """Cosine to the prompt that was reused; of a miss, to the closest one; of an exact hit 1."""
+    steps_skipped: int = 0
+    """Evaluations of the model that it was spared; of an exact hit all."""
+    note: str = ""
+    """What else there is to say, such as why the cache was bypassed."""
+
+    @classmethod
+    def of(cls, reuse: Reuse) -> ReuseReply:
+        """What the engine said."""
+        return cls(
+            outcome=reuse.outcome.value,
+            mode=reuse.mode.value,
+            source=reuse.source,
+            similarity=reuse.similarity,
+            steps_skipped=reuse.steps_skipped,
+            note=reuse.note,
+        )
 
 
 class DrawnReply(Reply):
@@ -119,6 +149,8 @@ class DrawnReply(Reply):
     """The compiled model, precision and backend that drew it."""
     approximations: dict[str, str]
     """Each approximation that touched the picture, by name, with its dial; empty means exact."""
+    cache: ReuseReply | None = None
+    """null where the server has no noise cache."""
     attempts: int
     """More than 1 where a worker was lost on the way."""
     timings_ms: TimingsReply
@@ -139,6 +171,7 @@ class DrawnReply(Reply):
             model=picture.model,
             plan_digest=picture.plan_digest,
             approximations=dict(picture.approximations),
+            cache=None if picture.cache is None else ReuseReply.of(picture.cache),
             attempts=picture.attempts,
             timings_ms=TimingsReply.of(times),
         )

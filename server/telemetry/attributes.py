@@ -37,4 +37,4 @@ def of_picture(drawn: Drawn) -> Attributes:
         attempts=drawn.attempts,
         approximations=[f"{name}={dial}" for name, dial in sorted(drawn.approximations.items())],
     )
-    return told if drawn.cache is None else told | named(cache=drawn.cache)
+    return told if drawn.cache is None else told | named(cache=str(drawn.cache.outcome))

@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, Counter
 from starlette.testclient import TestClient
 
 from engine.errors import ExecutionError, OverloadedError
-from engine.types import Timings
+from engine.types import Reuse, ReuseOutcome, Timings
 from server.auth import new_key
 from server.config import AuthConfig, LoggingConfig, ServeConfig, TenantConfig
 from server.gateway import create_app
@@ -289,7 +289,7 @@ def _drawn(timings: Timings, *, ticks: tuple[Tick, ...] = (), attempts: int = 1)
         timings=timings,
         attempts=attempts,
         ticks=ticks,
-        cache="hit",
+        cache=Reuse(outcome=ReuseOutcome.HIT),
     )
 
 
