@@ -1,42 +1,26 @@
-"""What is in deploy/ agrees with itself. What runs it for real is in the long tests."""
+"""Rules, dashboards and tables of deploy/ agree. What runs them for real is in the long tests."""
 
 from __future__ import annotations
 
 import re
 import shutil
 import subprocess
-from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
-from server.config_file import read_config
-from server.settings import deployed_config
-from tests.faults.cluster import ray_environment
-
-DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
-
-
-def _documents(path: Path) -> list[Any]:
-    return [document for document in yaml.safe_load_all(path.read_text()) if document]
-
-
-def _alerts() -> list[dict[str, Any]]:
-    groups = _documents(DEPLOY / "prometheus" / "rules" / "alerts.yml")[0]["groups"]
-    return [rule for group in groups for rule in group["rules"]]
+from tests.deploy_files import DEPLOY, alerts, documents
 
 
 def test_every_alert_has_a_paragraph_and_every_paragraph_an_alert() -> None:
     headings = re.findall(r"^## (\w+)$", (DEPLOY / "RUNBOOK.md").read_text(), re.MULTILINE)
 
-    assert headings == [alert["alert"] for alert in _alerts()]
-    for alert in _alerts():
+    assert headings == [alert["alert"] for alert in alerts()]
+    for alert in alerts():
         assert alert["annotations"]["runbook"].endswith("#" + alert["alert"].lower())
 
 
 def test_every_alert_is_tested() -> None:
-    tests = _documents(DEPLOY / "prometheus" / "tests" / "alerts.yml")[0]["tests"]
+    tests = documents(DEPLOY / "prometheus" / "tests" / "alerts.yml")[0]["tests"]
     tested = {
         case["alertname"]
         for test in tests
@@ -44,7 +28,7 @@ def test_every_alert_is_tested() -> None:
         if case["exp_alerts"]
     }
 
-    assert tested == {alert["alert"] for alert in _alerts()}
+    assert tested == {alert["alert"] for alert in alerts()}
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is Debian's prometheus")
@@ -76,8 +60,8 @@ def test_exemplars_are_stored_where_they_are_shown() -> None:
     from deploy.grafana.boards import BOARDS
     from deploy.grafana.panels import WITH_EXEMPLARS
 
-    prometheus = _documents(DEPLOY / "prometheus" / "prometheus.yml")[0]
-    services = _documents(DEPLOY.parent / "docker-compose.yml")[0]["services"]
+    prometheus = documents(DEPLOY / "prometheus" / "prometheus.yml")[0]
+    services = documents(DEPLOY.parent / "docker-compose.yml")[0]["services"]
     shown = " ".join(
         query.expr
         for board in BOARDS
@@ -102,75 +86,20 @@ def test_the_dashboards_are_in_step_with_their_code() -> None:
         assert (FOLDER / f"{board.uid}.json").read_text() == render(board)
 
 
-def test_the_service_selects_the_pods_that_have_a_gateway() -> None:
-    base = DEPLOY / "kubernetes" / "base"
-    ray_service = _documents(base / "rayservice.yaml")[0]
-    service, budget = _documents(base / "service.yaml")
-    group = ray_service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["template"]
-    labels = group["metadata"]["labels"]
-    ports = {port["name"] for port in group["spec"]["containers"][0]["ports"]}
+def test_every_failure_of_the_server_counts_against_the_objective() -> None:
+    from server.errors import INTERNAL, TABLE
 
-    assert service["spec"]["selector"].items() <= labels.items()
-    assert budget["spec"]["selector"]["matchLabels"].items() <= labels.items()
-    assert {port["targetPort"] for port in service["spec"]["ports"]} <= ports
+    not_counted = {
+        "draining",  # a refusal: the next gateway takes the request
+        "cache_unavailable",  # of an operator's routes, which the objective is not about
+    }
+    failures = {row.code for _, row in TABLE if row.status >= 500} | {INTERNAL.code}
+    text = (DEPLOY / "prometheus" / "rules" / "recording.yml").read_text()
+    counted = [set(codes.split("|")) for codes in re.findall(r'outcome=~"([^"]+)"', text)]
 
-
-def _cluster() -> dict[str, Any]:
-    """The Ray cluster of the RayService, with the group of the gpu overlay in it."""
-    kubernetes = DEPLOY / "kubernetes"
-    cluster: dict[str, Any] = _documents(kubernetes / "base" / "rayservice.yaml")[0]["spec"][
-        "rayClusterConfig"
-    ]
-    [addition] = _documents(kubernetes / "overlays" / "gpu" / "gpu-group.yaml")[0]
-    cluster["workerGroupSpecs"].append(addition["value"])
-    return cluster
-
-
-def _pods(cluster: dict[str, Any]) -> list[dict[str, Any]]:
-    groups = (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
-    return [group["template"]["spec"] for group in groups]
-
-
-def test_every_pod_of_the_cluster_has_the_environment_of_a_cluster_by_hand() -> None:
-    by_hand = ray_environment()
-    cluster = _cluster()
-
-    assert cluster["authOptions"] == {"mode": by_hand.pop("RAY_AUTH_MODE")}
-    for pod in _pods(cluster):
-        given = {item["name"]: item.get("value") for item in pod["containers"][0]["env"]}
-        assert {name: value for name, value in given.items() if name.startswith("RAY_")} == by_hand
-
-
-def test_every_mount_of_the_cluster_has_its_volume() -> None:
-    for spec in _pods(_cluster()):
-        mounted = {mount["name"] for c in spec["containers"] for mount in c["volumeMounts"]}
-
-        assert mounted == {volume["name"] for volume in spec["volumes"]}
-
-
-def test_compose_publishes_on_loopback_only() -> None:
-    services = _documents(DEPLOY.parent / "docker-compose.yml")[0]["services"]
-
-    published = [port for service in services.values() for port in service.get("ports", ())]
-    assert published
-    assert all(port.startswith("127.0.0.1:") for port in published)
-
-
-@pytest.mark.parametrize("name", ["darkroom.yaml", "darkroom.gpu.yaml"])
-def test_the_configurations_of_compose_are_valid(name: str) -> None:
-    assert not read_config(DEPLOY / "compose" / name).http.loopback
-
-
-def test_the_configurations_of_the_cluster_are_valid() -> None:
-    kubernetes = DEPLOY / "kubernetes"
-    ray_service = _documents(kubernetes / "base" / "rayservice.yaml")[0]["spec"]
-    patch = _documents(kubernetes / "overlays" / "gpu" / "gpu-application.yaml")[0][0]
-    for text in (ray_service["serveConfigV2"], patch["value"]):
-        application = yaml.safe_load(text)["applications"][0]
-
-        assert application["import_path"] == "server.app:build"
-        environment = {"DARKROOM_REDIS_URL": "redis://redis:6379/0"}  # the secret's
-        assert not deployed_config(application["args"], environment).http.loopback
+    assert len(counted) == 4
+    for codes in counted:
+        assert codes == failures - not_counted
 
 
 def test_the_table_of_metrics_is_that_of_the_code() -> None:
