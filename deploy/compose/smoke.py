@@ -2,8 +2,10 @@
 
     docker compose up -d --build --wait && COMPOSE="docker compose" python3 deploy/compose/smoke.py
 
-A picture through the published port; Prometheus has its target; Redis killed and back without a
-failed request; the server stopped under load without a lost one. Status 1 when one of them fails.
+Image sizes; a picture through the published port; the time to ready, from nothing and with plans
+there; Prometheus has its target; the load generator's users are answered (where the profile
+``load`` is up); Redis killed and back without a failed request; the server stopped under load
+without a lost one. Status 1 when one of them fails.
 """
 
 from __future__ import annotations
@@ -16,11 +18,14 @@ import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
+from datetime import datetime
 from typing import Any
 
 SERVER = f"http://127.0.0.1:{os.environ.get('DARKROOM_PUBLISHED_PORT', '8000')}"
 PROMETHEUS = f"http://127.0.0.1:{os.environ.get('PROMETHEUS_PUBLISHED_PORT', '9090')}"
+LOAD_GENERATOR = f"http://127.0.0.1:{os.environ.get('LOADTEST_PUBLISHED_PORT', '8089')}"
 NOT_TAKEN_S = 0.1
 COMPOSE = os.environ.get("COMPOSE", "docker compose").split()
 
@@ -28,7 +33,14 @@ COMPOSE = os.environ.get("COMPOSE", "docker compose").split()
 def main() -> int:
     """Run every check in turn."""
     sizes()
-    checks = (picture, prometheus_has_its_target, redis_killed_and_back, stopped_under_load)
+    checks = (
+        picture,
+        time_to_ready,
+        prometheus_has_its_target,
+        load_generator,
+        redis_killed_and_back,
+        stopped_under_load,
+    )
     failed = 0
     for check in checks:
         began_s = time.monotonic()
@@ -43,8 +55,7 @@ def main() -> int:
 
 def sizes() -> None:
     """Images and their sizes."""
-    listed = subprocess.run([*COMPOSE, "images"], capture_output=True, text=True, check=True)
-    print(listed.stdout, flush=True)
+    print(compose("images"), flush=True)
 
 
 def picture() -> str:
@@ -57,6 +68,20 @@ def picture() -> str:
     return f"{len(data)} bytes of PNG"
 
 
+def time_to_ready() -> str:
+    """How long the first start took, by its log, and how long one takes that finds its plans."""
+    made = datetime.strptime(_state("darkroom")["CreatedAt"], "%Y-%m-%d %H:%M:%S %z %Z")
+    log = compose("logs", "--timestamps", "--no-color", "--no-log-prefix", "darkroom")
+    ready = next(line.split()[0] for line in log.splitlines() if " ready on " in line)
+    # Nanoseconds, which Python's datetime does not have, are cut off.
+    first_s = (datetime.fromisoformat(ready[:19] + "+00:00") - made).total_seconds()
+    began_s = time.monotonic()
+    compose("up", "-d", "--no-deps", "--no-build", "--force-recreate", "darkroom")
+    wait_until_ready(300)
+    again_s = time.monotonic() - began_s
+    return f"{first_s:.0f} s at first; stopped, made anew and ready in {again_s:.0f} s"
+
+
 def prometheus_has_its_target() -> str:
     """The scrape works, not only the process."""
     for _ in range(60):
@@ -67,6 +92,22 @@ def prometheus_has_its_target() -> str:
             return str(states)
         time.sleep(1)
     raise AssertionError(f"targets: {states}")
+
+
+def load_generator() -> str:
+    """Two of Locust's users for half a minute: all are answered."""
+    if "loadgen" not in compose("ps", "--services").split():
+        return "not up: `docker compose --profile load up`"
+    wanted = urllib.parse.urlencode({"user_count": 2, "spawn_rate": 2}).encode()
+    urllib.request.urlopen(f"{LOAD_GENERATOR}/swarm", wanted, timeout=10).close()
+    time.sleep(30)
+    with urllib.request.urlopen(f"{LOAD_GENERATOR}/stats/requests", timeout=10) as reply:
+        counted = json.load(reply)
+    urllib.request.urlopen(f"{LOAD_GENERATOR}/stop", b"", timeout=30).close()
+    total = next(row for row in counted["stats"] if row["name"] == "Aggregated")
+    assert total["num_requests"] > 0, "no request has ended"
+    assert not total["num_failures"], f"failed: {counted['errors'][:3]}"
+    return f"{total['num_requests']} requests of Locust's users, none failed"
 
 
 def redis_killed_and_back() -> str:
@@ -92,13 +133,7 @@ def stopped_under_load() -> str:
     assert taken, "no request was answered"
     assert set(taken) <= {200, 503}, f"statuses {sorted(set(taken))}"
     assert not lost, f"{len(lost)} requests were cut off: {lost[:3]}"
-    listed = subprocess.run(
-        [*COMPOSE, "ps", "-a", "--format", "json", "darkroom"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    state = json.loads(listed.stdout.splitlines()[0])
+    state = _state("darkroom")
     assert state["ExitCode"] == 0, f"exit status {state['ExitCode']}"
     return f"{taken.count(200)} answered, {taken.count(503)} refused, exit status 0"
 
@@ -168,9 +203,17 @@ def wait_until_ready(seconds: float) -> None:
             time.sleep(1)
 
 
-def compose(*arguments: str) -> None:
-    """A compose command that has to work."""
-    subprocess.run([*COMPOSE, *arguments], check=True, capture_output=True)
+def compose(*arguments: str) -> str:
+    """What a compose command says, which has to work."""
+    command = [*COMPOSE, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _state(service: str) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads(
+        compose("ps", "-a", "--format", "json", service).splitlines()[0]
+    )
+    return state
 
 
 if __name__ == "__main__":
