@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -22,6 +23,7 @@ from server.serve_cli import serve
 from server.settings import Settings
 
 if TYPE_CHECKING:
+    from engine.compile.choices import PlanChoices
     from engine.compile.plan import Plan
     from engine.types import Image
 
@@ -84,6 +86,7 @@ def generate(
     precision: PrecisionOption = "fp32",
 ) -> None:
     """Draw a picture from a prompt."""
+    from engine.compile.choices import PlanChoices
     from engine.engine import Engine
     from engine.model import Model
     from engine.png import format_of, parameters_of, save_image
@@ -112,7 +115,7 @@ def generate(
         for i in range(count)
     ]
     runtime = open_runtime(backend, threads=settings.threads)
-    plan = _plan(settings, model, backend, precision)
+    plan = _plan(settings, model, PlanChoices(backend=backend, precision=precision))
     engine = Engine(device=runtime.device)
     engine.load(Model.open(plan, runtime))
     engine.start()
@@ -144,9 +147,26 @@ def compile_(
     model: ModelArgument = DEFAULT_MODEL,
     backend: BackendOption = "onnxruntime",
     precision: PrecisionOption = "fp32",
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="X.Y",
+            help="Compute capability to build tensorrt engines for, e.g. 8.9; by default this"
+            " machine's. `darkroom doctor` lists those that there are.",
+        ),
+    ] = None,
+    min_snr_db: Annotated[
+        float | None,
+        typer.Option(help="The dial of int8: more is closer to float, and slower; by default 30."),
+    ] = None,
 ) -> None:
     """Compile a checkpoint into a plan, and say where it is."""
-    plan = _plan(Settings.from_environment(), model, backend, precision)
+    from engine.compile.choices import PlanChoices
+
+    choices = PlanChoices(
+        backend=backend, precision=precision, capability=gpu, min_snr_db=min_snr_db
+    )
+    plan = _plan(Settings.from_environment(), model, choices)
     _out.print(f"{plan.manifest.digest}\n{plan.folder}", highlight=False, soft_wrap=True)
 
 
@@ -187,7 +207,9 @@ def doctor() -> None:
     findings = examine(settings)
     for finding in findings:
         colour = {"ok": "green", "absent": "yellow", "broken": "red"}[finding.state]
-        table.add_row(finding.part, f"[{colour}]{finding.detail}[/]", finding.advice)
+        # Extras in brackets would be read as styles, and vanish.
+        detail = f"[{colour}]{escape(finding.detail)}[/]"
+        table.add_row(finding.part, detail, escape(finding.advice))
     _out.print(table)
     if any(finding.state == "broken" for finding in findings):
         raise typer.Exit(1)
@@ -196,7 +218,7 @@ def doctor() -> None:
 # ---------------------------------------------------------------------- helpers
 
 
-def _plan(settings: Settings, model: str, backend: str, precision: str) -> Plan:
+def _plan(settings: Settings, model: str, choices: PlanChoices) -> Plan:
     """The plan of a model, built first where it is not there."""
     from engine.checkpoint import Checkpoint
     from engine.compile.plan import PlanStore
@@ -211,9 +233,8 @@ def _plan(settings: Settings, model: str, backend: str, precision: str) -> Plan:
             text = f"compiling {checkpoint.name}: {stage}"
             progress.update(task, description=text, completed=done, total=total, visible=True)
 
-        return PlanStore(settings.plans, max_bytes=settings.plans_max_bytes).build(
-            checkpoint, backend=backend, precision=precision, progress=show
-        )
+        store = PlanStore(settings.plans, max_bytes=settings.plans_max_bytes)
+        return choices.build(store, checkpoint, show)
 
 
 def _model_folder(settings: Settings, model: str, *, must_exist: bool) -> Path | None:

@@ -38,6 +38,14 @@ class ModelConfig(Section):
     backend: Literal["onnxruntime", "torch", "tensorrt"] = "onnxruntime"
     aliases: tuple[Name, ...] = ()
     """Other ids under which clients may ask for it (``dall-e-2``, ``gpt-image-1``, …)."""
+    int8_min_snr_db: Annotated[float, Field(ge=0, le=100)] | None = None
+    """The dial of int8 (``darkroom compile --min-snr-db``); by default 30."""
+
+    @model_validator(mode="after")
+    def _dial_has_int8(self) -> ModelConfig:
+        if self.int8_min_snr_db is not None and self.precision != "int8":
+            raise ValueError(f"int8_min_snr_db goes with precision int8, not {self.precision}")
+        return self
 
 
 class HttpConfig(Section):

@@ -8,12 +8,17 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
-from server.settings import Settings
+from engine.compile.tensorrt_flavours import FLAVOURS, Flavour
+from engine.errors import DarkroomError
+from server.settings import Settings, served_config
 
 State = Literal["ok", "absent", "broken"]
+_REDIS_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +39,8 @@ def examine(settings: Settings) -> list[Finding]:
         *_packages(),
         _checked("onnxruntime", _onnxruntime),
         _checked("cuda", _cuda),
-        _checked("tensorrt", _tensorrt),
+        *(_checked(flavour.name, partial(_tensorrt, flavour)) for flavour in FLAVOURS.values()),
+        _redis(settings),
         _home(settings),
     ]
 
@@ -89,7 +95,9 @@ def _onnxruntime() -> Finding:
     providers = [
         name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()
     ]
-    return Finding("onnxruntime", "ok", f"{onnxruntime.__version__}: {', '.join(providers)}")
+    detail = f"{onnxruntime.__version__}: {', '.join(providers)}"
+    advice = "" if "CUDA" in providers else "for GPUs: pip install onnxruntime-gpu in its place"
+    return Finding("onnxruntime", "ok", detail, advice)
 
 
 def _cuda() -> Finding:
@@ -101,14 +109,50 @@ def _cuda() -> Finding:
     return Finding("cuda", "ok", ", ".join(names))
 
 
-def _tensorrt() -> Finding:
-    for module in ("tensorrt", "tensorrt_rtx_bindings"):
+def _tensorrt(flavour: Flavour) -> Finding:
+    covered = "; ".join(f"{number} ({gpus})" for number, gpus in flavour.gpus.items())
+    where = "builds for any of them here" if flavour.ahead_of_time else "builds on the GPU itself"
+    about = f"compute capability {covered}; {where}"
+    for module in flavour.modules:
         try:
             version = importlib.import_module(module).__version__
         except ImportError:
             continue
-        return Finding("tensorrt", "ok", f"{module} {version}")
-    return Finding("tensorrt", "absent", "not installed", "pip install 'darkroom[tensorrt]'")
+        return Finding(flavour.name, "ok", f"{version}: {about}")
+    return Finding(flavour.name, "absent", f"not installed: {about}", flavour.install)
+
+
+def _redis(settings: Settings) -> Finding:
+    """A server that is configured and cannot be used is broken: jobs would be refused."""
+    try:
+        config = served_config(settings.config).redis
+    except DarkroomError as error:
+        return Finding("redis", "broken", f"the configuration: {error}", "darkroom config check")
+    if config.url is None:
+        detail = "not configured: jobs and the noise cache are in memory"
+        advice = "DARKROOM_REDIS_URL keeps jobs over a restart and shares the cache among workers"
+        return Finding("redis", "absent", detail, advice)
+    try:
+        from cache.connection import MIN_VERSION, RedisSettings, check_version
+    except ImportError:
+        return Finding("redis", "broken", "no client", "pip install 'darkroom[serve]'")
+    needed = ".".join(map(str, MIN_VERSION))
+    try:
+        with RedisSettings(url=config.url).client(_REDIS_TIMEOUT_S) as client:
+            check_version(client)
+            version = client.info("server")["redis_version"]
+    except DarkroomError as error:
+        return Finding("redis", "broken", str(error), f"Redis {needed} or newer, or none at all")
+    except Exception as error:  # refused, timed out, wrong password; none of it names the password
+        detail = f"{_address(config.url)} does not answer: {type(error).__name__}"
+        return Finding("redis", "broken", detail, "start it, or correct redis.url")
+    return Finding("redis", "ok", f"{version} at {_address(config.url)}")
+
+
+def _address(url: str) -> str:
+    """Without user and password."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def _home(settings: Settings) -> Finding:

@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from engine.errors import BackendUnavailableError, DarkroomError
@@ -43,7 +44,7 @@ def models(context: typer.Context) -> None:
         try:
             spec = Checkpoint.open(folder.parent).model_spec()
         except DarkroomError as error:
-            table.add_row(folder.parent.name, "", "", "", "", f"no: {error}")
+            table.add_row(folder.parent.name, "", "", "", "", escape(f"no: {error}"))
             continue
         native = f"{spec.latent.native_px} px"
         solver = describe_solver(spec.scheduler_config)

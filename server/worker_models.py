@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from engine.checkpoint import Checkpoint
+from engine.compile.choices import PlanChoices
 from engine.compile.manifest import PlanManifest
 from engine.compile.plan import Plan, PlanStore
 from engine.compile.plan_files import MANIFEST
@@ -56,12 +57,10 @@ class ModelHost:
             if progress is not None:
                 progress(model.id, stage, done, total)
 
-        return self._store.build(
-            Checkpoint.open(folder),
-            backend=model.backend,
-            precision=model.precision,
-            progress=tell,
+        choices = PlanChoices(
+            backend=model.backend, precision=model.precision, min_snr_db=model.int8_min_snr_db
         )
+        return choices.build(self._store, Checkpoint.open(folder), tell)
 
     def open(self, plan: Plan) -> Model:
         """Open every graph of a plan.

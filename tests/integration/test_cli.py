@@ -115,6 +115,7 @@ def test_doctor_finds_this_machine_usable(darkroom: Command) -> None:
     assert status == 0
     assert "onnxruntime" in said
     assert "cores" in said
+    assert "redis" in said
 
 
 @pytest.mark.parametrize(
@@ -123,6 +124,8 @@ def test_doctor_finds_this_machine_usable(darkroom: Command) -> None:
         ("no model 'nothing'", ["generate", "cat", "-m", "nothing"]),
         ("unknown solver", ["generate", "cat", "-m", "tiny-text", "--solver", "magic"]),
         ("at most 150", ["generate", "cat", "-m", "tiny-text", "--steps", "10000"]),
+        ("goes with tensorrt", ["compile", "tiny-text", "--gpu", "8.9"]),
+        ("goes with int8", ["compile", "tiny-text", "--min-snr-db", "35"]),
         ("no runtime", ["generate", "cat", "-m", "tiny-text", "--backend", "abacus"]),
         ("cannot write", ["generate", "cat", "-m", "tiny-text", "-o", "x.gif", "--steps", "1"]),
         ("cannot be read as a picture", ["generate", "cat", "--image", "pyproject.toml"]),

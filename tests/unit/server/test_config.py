@@ -69,6 +69,13 @@ def test_a_bad_value_is_named_by_where_it_came_from(tmp_path: Path) -> None:
         read_config(path)
 
 
+def test_the_dial_of_int8_goes_with_int8_only(tmp_path: Path) -> None:
+    model = "models: [{{id: a, precision: {}, int8_min_snr_db: 35}}]\n"
+    assert read_config(written(tmp_path, model.format("int8"))).models[0].int8_min_snr_db == 35
+    with pytest.raises(InvalidRequestError, match="int8_min_snr_db goes with precision int8"):
+        read_config(written(tmp_path, model.format("fp32")))
+
+
 def test_what_is_checked_together_is_checked_after_everything_is_laid_over(tmp_path: Path) -> None:
     hash_ = new_key().hash
     path = written(tmp_path, f"auth: {{tenants: [{{id: a, key_hashes: [{hash_}]}}]}}\n")
