@@ -39,7 +39,7 @@ def routes(services: Services) -> APIRouter:
 
     @router.get("", summary="What the noise cache holds", responses=responses(401, 403, 503))
     async def report() -> CacheReport:
-        """On Redis by tenant; in the workers' memory by worker."""
+        """On Redis by tenant; in the workers' memory by worker, all tenants together."""
         shared = config.cache.enabled and config.redis.url is not None
         local = config.cache.enabled and not shared
         return CacheReport(
@@ -60,7 +60,10 @@ def routes(services: Services) -> APIRouter:
         shared: Annotated[bool, Query(description="Those that all tenants share.")] = False,
         everything: Annotated[bool, Query(description="Everybody's.")] = False,
     ) -> CacheCleared:
-        """Say whose: one of `tenant`, `shared`, `everything`. Every worker's index follows."""
+        """Say whose: one of `tenant`, `shared`, `everything`. Every worker's index follows.
+
+        Needs a cache on Redis: of the workers' memory 422, as each of them has its own.
+        """
         if sum((tenant is not None, shared, everything)) != 1:
             raise InvalidRequestError(
                 "say whose states: one of tenant, shared, everything", field="tenant"
@@ -68,7 +71,7 @@ def routes(services: Services) -> APIRouter:
         if not config.cache.enabled or config.redis.url is None:
             raise UnsupportedError(
                 "only a noise cache on Redis can be cleared from here; a worker's own memory is"
-                " cleared by starting it anew"
+                " cleared by starting it anew (redis.url puts the cache on Redis)"
             )
 
         def do(operator: Operator) -> int:
