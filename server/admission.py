@@ -18,7 +18,7 @@ A new instance knows nothing. Reports and heartbeats say within seconds what is 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.errors import LimitExceededError, OverloadedError
@@ -192,6 +192,13 @@ class Admission:
         if not self._leases:
             self._queue.forgive()
         return late
+
+    def drop(self, unwanted: Callable[[str], bool]) -> list[Ticket]:
+        """Drop what waits for a model that is ``unwanted``; returns it."""
+        dropped = [ticket for ticket in self._queue if unwanted(ticket.model)]
+        for ticket in dropped:
+            self._queue.remove(ticket.id)
+        return dropped
 
     def places(self) -> dict[str, tuple[int, int]]:
         """(position from 1, steps ahead of it in the queue) of every ticket that waits."""

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
 from server.messages import Load, ModelChange, ModelInfo, PictureEvent, PictureTask, Readiness
+from server.request_log import Level
 
 
 class Dispatcher(Protocol):
@@ -32,13 +33,13 @@ class Dispatcher(Protocol):
         ...
 
     async def models(self) -> Sequence[ModelInfo]:
-        """The configured models; the default first."""
+        """The models that are configured or were added; the default first."""
         ...
 
     async def change_model(self, change: ModelChange) -> ModelInfo | None:
-        """Add, reload or remove a model on every worker that is up; requests go on meanwhile.
+        """Add, reload or remove a model on every worker; requests go on meanwhile.
 
-        Takes as long as compiling takes. A worker that starts later serves what is configured.
+        Takes as long as compiling takes. A worker that starts later does the same by itself.
 
         Returns:
             The model as it is served now; None after a removal.
@@ -46,8 +47,13 @@ class Dispatcher(Protocol):
         Raises:
             ConflictError: a model of that id, or the same plan, is served already.
             InvalidRequestError: no such model, or the default one is to be removed.
-            DarkroomError: a worker cannot serve it; the others do what was asked.
+            BackendUnavailableError: one worker cannot do it; an addition is undone on the others.
+            DarkroomError: no worker can.
         """
+        ...
+
+    async def set_log_level(self, level: Level) -> None:
+        """Switch the log level of every process, those included that start later."""
         ...
 
     async def readiness(self) -> Readiness:

@@ -1,8 +1,9 @@
 """The workers as the router sees them: what each has, what each holds, and which is next.
 
 A worker holds ``depth`` saturation batches, enough for its step loop to mix and to lose a member
-without a hole. Among workers with room, one that has the model, then the one that is free soonest.
-A worker takes on a model that others have only when nothing waits for those that it has itself.
+without a hole. Of the workers that serve the model, each with what is configured and what was added
+since, those with room; among these one that has it open, then the one that is free soonest. A
+worker opens a model that others have open only when nothing waits for those that it has itself.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ class Fleet:
         Args:
             wanted: every model that something waits for.
         """
-        holdings = list(holdings)
+        holdings = [it for it in holdings if any(i.id == model for i in it.report.models)]
         have = [holding for holding in holdings if model in holding.report.rates]
         room = [
             holding

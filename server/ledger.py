@@ -9,6 +9,7 @@ from contextlib import suppress
 from engine.ports import Clock
 from server.remote import CALL_TIMEOUT_S, ReplicaLostError, RouterClient
 from server.routing import Grant, Pulse
+from server.switched import NOTHING, Switched, heed
 
 _log = logging.getLogger(__name__)
 
@@ -31,6 +32,8 @@ class Ledger:
         self._ended: set[str] = set()
         self._due = asyncio.Event()
         self._beating: asyncio.Task[None] | None = None
+        self.switched = NOTHING
+        """What operators have changed; the next router is told, should this one die."""
         self.pulse: Pulse | None = None
         self.pulsed_at_s = 0.0
         self._pulsed = asyncio.Event()
@@ -57,6 +60,11 @@ class Ledger:
             self._ended.add(ticket_id)
             self._due.set()
 
+    def switch(self, switched: Switched) -> None:
+        """An operator has changed something, as this gateway has seen or heard."""
+        merged = self.switched.merged(switched, self._clock.now_s())
+        self.switched = heed(self.switched, merged)
+
     async def first_pulse(self) -> Pulse:
         """The router's last word; waits for the first one that knows a worker."""
         while self.pulse is None or not self.pulse.models:
@@ -75,13 +83,14 @@ class Ledger:
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 pulse = await self._router.heartbeat(
-                    self.name, tuple(self._running.values()), ended
+                    self.name, tuple(self._running.values()), ended, self.switched
                 )
         except (ReplicaLostError, TimeoutError):
             _log.warning("the router does not answer; what runs goes on")
             return
         self._ended.difference_update(ended)
         self.pulse, self.pulsed_at_s = pulse, self._clock.now_s()
+        self.switch(pulse.switched)
         self._pulsed.set()
 
     async def _beat_forever(self) -> None:

@@ -18,6 +18,7 @@ from engine.errors import (
     DeadlineExceededError,
     InvalidRequestError,
 )
+from server import request_log
 from server.admission import Admission
 from server.config import ServeConfig
 from server.fleet import AdmissionPolicy
@@ -33,7 +34,7 @@ from server.messages import (
     Queued,
     Readiness,
 )
-from server.model_changes import apply_change
+from server.request_log import Level
 from server.routing import Grant
 from server.tickets import ticket_of
 from server.worker_core import WorkerCore
@@ -52,12 +53,13 @@ class _UnixClock:
 class _Waiting:
     """A task of an admitted request: with a place in the queue, or a grant once it may start.
 
-    ``moved`` is set when either changes.
+    ``moved`` is set when either changes, and when its model is removed.
     """
 
     task: PictureTask
     place: tuple[int, int] = (0, 0)
     grant: Grant | None = None
+    removed: bool = False
     moved: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -96,7 +98,18 @@ class LocalDispatcher:
 
     async def change_model(self, change: ModelChange) -> ModelInfo | None:
         """Add, reload or remove a model; see :meth:`Dispatcher.change_model`."""
-        return await asyncio.to_thread(apply_change, self._worker.models, change)
+        changes = self._worker.changes
+        change = changes.switched.stamped(change, self._unix_s())
+        info = await asyncio.to_thread(changes.apply, change)
+        changes.hear(changes.switched.with_model(change))
+        for ticket in self._admission.drop(changes.switched.removed):
+            self._tasks[ticket.id].removed = True
+            self._tasks[ticket.id].moved.set()
+        return info
+
+    async def set_log_level(self, level: Level) -> None:
+        """Switch it; there is but one process."""
+        request_log.set_level(level)
 
     async def readiness(self) -> Readiness:
         """Whether every configured model is warm."""
@@ -218,6 +231,8 @@ class LocalDispatcher:
         """Seconds that the task waited for its start, its place told whenever it changes."""
         began_s = self._unix_s()
         while item.grant is None:
+            if item.removed:
+                raise InvalidRequestError(f"{item.task.model} was removed", field="model")
             if item.moved.is_set():
                 item.moved.clear()
                 await events.put(Queued(item.task.index, *item.place))

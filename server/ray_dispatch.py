@@ -15,6 +15,7 @@ from engine.errors import BackendUnavailableError, ClosedError
 from engine.ports import Clock
 from server.clock import UnixClock
 from server.config import ServeConfig
+from server.errors import ConflictError
 from server.ledger import Ledger
 from server.messages import (
     Load,
@@ -24,13 +25,16 @@ from server.messages import (
     PictureTask,
     Readiness,
 )
+from server.model_rollout import change_everywhere
 from server.ray_drawing import Drawing, Surroundings
 from server.refusals import Refusals
 from server.remote import CALL_TIMEOUT_S, GatewaysClient, RouterClient, WorkersClient
+from server.request_log import Level
 from server.watch import WorkerWatch
 
 _LAST_WORDS_S = 5.0
 """For telling clients what ended their requests, once the time to finish them is over."""
+_LOOK_AGAIN_S = 0.1
 
 
 class RayDispatcher:
@@ -66,6 +70,8 @@ class RayDispatcher:
             clock=clock,
             timeout_s=config.limits.request_timeout_s,
         )
+        self._clock = clock
+        self._changing = asyncio.Lock()
         self._drawings: set[Drawing] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -97,7 +103,7 @@ class RayDispatcher:
                     self._idle.set()
 
     async def models(self) -> Sequence[ModelInfo]:
-        """The configured models; the default first.
+        """The models that are configured or were added; the default first.
 
         Raises:
             BackendUnavailableError: no worker has come up yet, and none does in the next seconds.
@@ -109,8 +115,23 @@ class RayDispatcher:
             raise BackendUnavailableError("no worker is up yet; try again soon") from None
 
     async def change_model(self, change: ModelChange) -> ModelInfo | None:
-        """Add, reload or remove a model on every worker that is up."""
-        return await self._around.workers.change_model(change)
+        """Add, reload or remove a model on every worker; see :meth:`Dispatcher.change_model`."""
+        name = change.model.id
+        async with self._changing:
+            served = {info.id for info in await self.models()}
+            if change.action == "add" and (name in served or self._ledger.switched.added(name)):
+                raise ConflictError(f"a model {name!r} is served already", field="id")
+            change = self._ledger.switched.stamped(change, self._clock.now_s())
+            names = self._ledger.pulse.workers if self._ledger.pulse is not None else ()
+            info = await change_everywhere(self._around.workers, names, change)
+            self._ledger.switch(self._ledger.switched.with_model(change))
+            await self._until_published(name, info)
+        return info
+
+    async def set_log_level(self, level: Level) -> None:
+        """Switch it here, and within seconds everywhere."""
+        self._ledger.switch(self._ledger.switched.with_level(level, self._clock.now_s()))
+        await self._ledger.beat()
 
     async def readiness(self) -> Readiness:
         """Whether every configured model is warm, and the router answers."""
@@ -141,6 +162,18 @@ class RayDispatcher:
             self._of_gateways(pulse.gateways if pulse is not None else ()),
         )
         return [*of_gateways, *of_router, *of_workers]
+
+    async def _until_published(self, name: str, info: ModelInfo | None) -> None:
+        """Return when requests that come here meet the model as it is now, or soon will."""
+        digest = None if info is None else info.plan_digest
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                while True:
+                    await self._ledger.beat()
+                    digests = {model.id: model.plan_digest for model in await self.models()}
+                    if digests.get(name) == digest:
+                        return
+                    await asyncio.sleep(_LOOK_AGAIN_S)
 
     async def _of_gateways(self, names: Sequence[str]) -> Sequence[tuple[str, bytes]]:
         others = [name for name in names if name != self._around.name]

@@ -11,6 +11,7 @@ from typing import Protocol
 from server.errors import WorkerLostError
 from server.messages import ModelChange, ModelInfo, PictureTask, WorkerEvent
 from server.routing import Grant, Pulse, RouterNews, Ticket
+from server.switched import Switched
 
 CALL_TIMEOUT_S = 5.0
 """For calls that take milliseconds when all is well."""
@@ -28,7 +29,7 @@ class RouterClient(Protocol):
         ...
 
     async def heartbeat(
-        self, gateway: str, running: Sequence[Grant], ended: Sequence[str]
+        self, gateway: str, running: Sequence[Grant], ended: Sequence[str], switched: Switched
     ) -> Pulse:
         """See :meth:`server.router.Router.heartbeat`."""
         ...
@@ -61,8 +62,13 @@ class WorkersClient(Protocol):
         """
         ...
 
-    async def change_model(self, change: ModelChange) -> ModelInfo | None:
-        """Change a model on all of them; see :meth:`server.dispatch.Dispatcher.change_model`."""
+    async def change_model(self, worker: str, change: ModelChange) -> ModelInfo | None:
+        """Change a model on that worker; see :meth:`server.model_changes.ModelChanges.apply`.
+
+        Raises:
+            ReplicaLostError: it is gone.
+            DarkroomError: it cannot do it.
+        """
         ...
 
     async def ping(self, worker: str) -> None:

@@ -2,7 +2,8 @@
 
 A request's tickets come in as one call, and grants go out on its stream as workers come free.
 Pictures and prompts never pass here. What it knows is gone when it dies; the next one hears of
-every running task within a second or two, from workers' reports and gateways' heartbeats.
+every running task within a second or two, from workers' reports and gateways' heartbeats; so it
+does of the models that an operator has added since the start.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Iterable, Sequence
 
-from engine.errors import DarkroomError
+from engine.errors import DarkroomError, InvalidRequestError
 from engine.ports import Clock
 from server.admission import Admission
 from server.clock import UnixClock
@@ -31,6 +32,7 @@ from server.routing import (
     Ticket,
     WorkerReport,
 )
+from server.switched import NOTHING, Switched, heed
 
 _log = logging.getLogger(__name__)
 
@@ -70,16 +72,20 @@ class Router:
     """Admission behind asyncio. All methods belong to one event loop."""
 
     def __init__(self, config: ServeConfig, *, clock: Clock | None = None) -> None:
+        self._clock = clock or UnixClock()
         self._admission = Admission(
             config.admission,
             weights={tenant.id: tenant.weight for tenant in config.auth.tenants},
-            clock=clock or UnixClock(),
+            clock=self._clock,
             policy=AdmissionPolicy(max_live=config.workers.max_live),
         )
         self._metrics = RouterMetrics()
         self._streams: dict[str, _Stream] = {}
         """By ticket, of those that wait."""
-        self._models: tuple[ModelInfo, ...] = ()
+        self._configured = tuple(model.id for model in config.models)
+        self._known: dict[str, ModelInfo] = {}
+        """What workers last said of each model that is published."""
+        self._switched = NOTHING
         self._ticking: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -105,8 +111,9 @@ class Router:
         """Admit the tickets of one request together, and grant each when its turn comes.
 
         Yields one ``Refused``; or for each ticket its place, if it has to wait (at once, and again
-        with every change when ``watching``), and then its ``Grant`` or ``Expired``. A ticket that
-        was dropped because its gateway fell silent ends without either.
+        with every change when ``watching``), and then its ``Grant`` or ``Expired``, or a late
+        ``Refused`` when its model is removed. A ticket that was dropped because its gateway fell
+        silent ends without any.
 
         Closed early, it gives up whatever the caller has not heard of; leases that were heard of
         are ended by heartbeat.
@@ -132,18 +139,24 @@ class Router:
             self._give_up(stream)
 
     async def heartbeat(
-        self, gateway: str, running: Sequence[Grant], ended: Sequence[str]
+        self,
+        gateway: str,
+        running: Sequence[Grant],
+        ended: Sequence[str],
+        switched: Switched = NOTHING,
     ) -> Pulse:
         """A gateway's word, every second: what runs for it, and what ended since the last."""
+        self._hear(switched)
         for id_ in ended:
             self._admission.end(id_)
         self._admission.heard(gateway, running)
         self._grant()
         return Pulse(
-            models=self._models,
+            models=self._published(),
             load=self._admission.load(),
             workers=tuple(worker.id for worker in self._admission.workers()),
             gateways=self._admission.gateways(),
+            switched=self._switched,
         )
 
     async def lose(self, worker: str) -> None:
@@ -158,10 +171,14 @@ class Router:
         """A worker's word, every second."""
         cancel = self._admission.report(report)
         self._metrics.orphans.inc(len(cancel))
-        self._models = report.models
+        self._hear(report.switched)
         self._grant()
         load = self._admission.load()
-        return ReportReply(cancel=cancel, outstanding_steps=load.queued_steps + load.running_steps)
+        return ReportReply(
+            cancel=cancel,
+            outstanding_steps=load.queued_steps + load.running_steps,
+            switched=self._switched,
+        )
 
     # ------------------------------------------------------------------ for operators
 
@@ -170,6 +187,32 @@ class Router:
         return self._metrics.text(self._admission.load(), len(self._admission.workers()))
 
     # ------------------------------------------------------------------ inside
+
+    def _hear(self, switched: Switched) -> None:
+        now_s = self._clock.now_s()
+        self._switched = heed(self._switched, self._switched.merged(switched, now_s))
+
+    def _published(self) -> tuple[ModelInfo, ...]:
+        """The models that are configured or were added, as soon as some worker has had them.
+
+        A model stays when no worker has it any more: one that was replaced takes it on again, and
+        tickets wait for that.
+        """
+        reported = {
+            info.id: info
+            for report in reversed(self._admission.workers())
+            for info in report.models
+        }
+        added = (name for name in self._switched.models if self._switched.added(name))
+        names = dict.fromkeys((*self._configured, *added))
+        known = {**self._known, **reported}
+        self._known = {name: known[name] for name in names if name in known}
+        return tuple(self._known.values())
+
+    def _refuse_removed(self) -> None:
+        for ticket in self._admission.drop(self._switched.removed):
+            error = InvalidRequestError(f"the model {ticket.model!r} was removed", field="model")
+            self._tell(ticket.id, Refused(error))
 
     def _grant(self) -> None:
         for grant in self._admission.grants():
@@ -212,6 +255,7 @@ class Router:
         """Look at deadlines, at who has fallen silent, and at who waits where."""
         for ticket in self._admission.sweep():
             self._tell(ticket.id, Expired(ticket.id))
+        self._refuse_removed()
         self._grant()
         for id_ in self._streams.keys() - self._admission.waiting():
             self._streams.pop(id_).drop(id_)

@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from engine.errors import DarkroomError
 from server.messages import Load, ModelInfo
+from server.switched import NOTHING, Switched
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,12 +105,14 @@ class WorkerReport:
         rates: of the models that are loaded.
         models: every model that it can serve, the default first, loaded or not.
         live: what it works on.
+        switched: what it has heard of an operator's changes; it may still be at work on them.
     """
 
     id: str
     rates: Mapping[str, Rate]
     models: tuple[ModelInfo, ...]
     live: tuple[Live, ...] = ()
+    switched: Switched = NOTHING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,10 +122,12 @@ class ReportReply:
     Attributes:
         cancel: ids of tasks that run for nobody any more.
         outstanding_steps: waiting and running in the whole application; autoscaling reads it here.
+        switched: what the worker is to be like, beside what is configured.
     """
 
     cancel: tuple[str, ...]
     outstanding_steps: float
+    switched: Switched = NOTHING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,3 +140,5 @@ class Pulse:
     """The names of those that report."""
     gateways: tuple[str, ...] = ()
     """The names of those that were heard lately, whoever asks among them."""
+    switched: Switched = NOTHING
+    """What operators have changed, through whichever gateway."""

@@ -15,6 +15,7 @@ from engine.errors import DarkroomError
 from server.messages import ModelChange, ModelInfo, PictureTask, WorkerEvent
 from server.remote import CALL_TIMEOUT_S, ReplicaLostError
 from server.routing import Grant, Pulse, RouterNews, Ticket
+from server.switched import Switched
 
 _LOST = (
     ray_errors.RayActorError,
@@ -67,11 +68,11 @@ class ServeRouterClient:
         return _read(self._streams.admit.remote(tickets, watching))
 
     async def heartbeat(
-        self, gateway: str, running: Sequence[Grant], ended: Sequence[str]
+        self, gateway: str, running: Sequence[Grant], ended: Sequence[str], switched: Switched
     ) -> Pulse:
         """See :class:`server.remote.RouterClient`."""
         try:
-            pulse = await self._calls.heartbeat.remote(gateway, running, ended)
+            pulse = await self._calls.heartbeat.remote(gateway, running, ended, switched)
         except _LOST as error:
             raise ReplicaLostError("the router is gone") from error
         assert isinstance(pulse, Pulse)
@@ -111,24 +112,17 @@ class ServeWorkersClient:
         """See :class:`server.remote.WorkersClient`."""
         return _read(self._streams.draw.remote(task, replica=worker))
 
-    async def change_model(self, change: ModelChange) -> ModelInfo | None:
+    async def change_model(self, worker: str, change: ModelChange) -> ModelInfo | None:
         """See :class:`server.remote.WorkersClient`."""
         try:
-            answers = await self._calls.broadcast("change_model", change).results_async(
-                return_exceptions=True
-            )
+            info: ModelInfo | None = await self._calls.change_model.remote(change, replica=worker)
         except _LOST as error:
-            raise ReplicaLostError("the workers are gone") from error
-        for answer in answers:
-            if isinstance(answer, ray_errors.RayTaskError) and isinstance(
-                answer.cause, DarkroomError
-            ):
-                raise answer.cause
-            if isinstance(answer, _LOST):
-                raise ReplicaLostError("a worker is gone; the others did it") from answer
-            if isinstance(answer, BaseException):
-                raise answer
-        return next((answer for answer in answers if isinstance(answer, ModelInfo)), None)
+            raise ReplicaLostError(f"worker {worker} is gone") from error
+        except ray_errors.RayTaskError as error:
+            if isinstance(error.cause, DarkroomError):
+                raise error.cause from None
+            raise
+        return info
 
     async def ping(self, worker: str) -> None:
         """See :class:`server.remote.WorkersClient`."""

@@ -46,6 +46,7 @@ class Worker:
         )
         self._core.open()
         self._calls: dict[str, asyncio.Task[Any]] = {}
+        self._catching_up: asyncio.Task[None] | None = None
         self._outstanding_steps = 0.0
         self._reporting = asyncio.get_running_loop().create_task(self._report_forever())
 
@@ -66,11 +67,14 @@ class Worker:
         finally:
             del self._calls[task.id]
 
-    async def change_model(self, change: ModelChange) -> ModelInfo | None:
+    async def change_model(
+        self,
+        change: ModelChange,
+        *,
+        replica: str,  # noqa: ARG002
+    ) -> ModelInfo | None:
         """Add, reload or remove a model while pictures are drawn."""
-        from server.model_changes import apply_change
-
-        return await asyncio.to_thread(apply_change, self._core.models, change)
+        return await asyncio.to_thread(self._core.changes.apply, change)
 
     async def ping(self, *, replica: str) -> None:
         """Asked by gateways that it draws for: whether it can be reached."""
@@ -113,6 +117,10 @@ class Worker:
 
     def _heed(self, reply: ReportReply) -> None:
         self._outstanding_steps = reply.outstanding_steps
+        if self._core.changes.hear(reply.switched) and (
+            self._catching_up is None or self._catching_up.done()
+        ):
+            self._catching_up = asyncio.create_task(asyncio.to_thread(self._core.changes.catch_up))
         for task_id in reply.cancel:
             if (call := self._calls.get(task_id)) is not None:
                 _log.warning("nobody waits for task %s any more", task_id)

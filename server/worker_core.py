@@ -27,12 +27,14 @@ from engine.ports import Clock, SystemClock
 from engine.scheduler import LaneId
 from engine.trajectory import LaneKey
 from server.cache_metrics import CacheCollector
+from server.clock import UnixClock
 from server.config import ServeConfig
 from server.content_check import load_check
 from server.drawing import Drawing, Workshop
 from server.loaded_models import LoadedModels
 from server.mailbox import Mailbox
 from server.messages import Checkpointed, Drawn, Failed, Load, PictureTask, WorkerEvent
+from server.model_changes import ModelChanges
 from server.noise_cache import noise_cache, reuse_config
 from server.rates import rates_of
 from server.routing import Live, WorkerReport
@@ -100,6 +102,8 @@ class WorkerCore:
                 CacheCollector(self._engine.reuse_statistics, self._cache.statistics)
             )
         self.models = LoadedModels(config, settings, self._engine, self._metrics, clock)
+        configured = [model.id for model in config.models]
+        self.changes = ModelChanges(self.models, configured, UnixClock())
         self._watch()
         # Two, so that a slow picture to encode does not hold up a prompt behind it.
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="darkroom-encode")
@@ -171,6 +175,7 @@ class WorkerCore:
                 )
                 for drawing in tuple(self._drawings.values())
             ),
+            switched=self.changes.switched,
         )
 
     def load(self) -> Load:

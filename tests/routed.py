@@ -9,12 +9,12 @@ from typing import TypeVar
 
 from server.config import ServeConfig
 from server.messages import ModelChange, ModelInfo, PictureTask, WorkerEvent
-from server.model_changes import apply_change
 from server.ray_dispatch import RayDispatcher
 from server.remote import ReplicaLostError
 from server.router import Router
 from server.routing import Grant, Pulse, RouterNews, Ticket
 from server.settings import Settings
+from server.switched import Switched
 from server.worker_core import WorkerCore
 
 REPORT_S = 0.05
@@ -93,9 +93,9 @@ class RouterProcess:
         return self._wire.stream(self.router.admit(tickets, watching))
 
     async def heartbeat(
-        self, gateway: str, running: Sequence[Grant], ended: Sequence[str]
+        self, gateway: str, running: Sequence[Grant], ended: Sequence[str], switched: Switched
     ) -> Pulse:
-        return await self.router.heartbeat(gateway, running, ended)
+        return await self.router.heartbeat(gateway, running, ended, switched)
 
     async def lose(self, worker: str) -> None:
         await self.router.lose(worker)
@@ -109,11 +109,19 @@ class WorkerProcesses:
 
     def __init__(self, router: RouterProcess, workers: Sequence[WorkerCore]) -> None:
         self._router = router
-        self.workers = {worker.name: worker for worker in workers}
-        self._wires = {name: Wire() for name in self.workers}
+        self.workers: dict[str, WorkerCore] = {}
+        self._wires: dict[str, Wire] = {}
+        self._reporting: list[asyncio.Task[None]] = []
+        for worker in workers:
+            self.join(worker)
         self.drawn: list[tuple[str, PictureTask]] = []
         """(worker, task) of every call."""
-        self._reporting = [asyncio.create_task(self._report(worker)) for worker in workers]
+
+    def join(self, worker: WorkerCore) -> None:
+        """One more, open, begins to report."""
+        self.workers[worker.name] = worker
+        self._wires[worker.name] = Wire()
+        self._reporting.append(asyncio.create_task(self._report(worker)))
 
     def kill(self, name: str) -> None:
         """Nothing more comes from it: calls break, and it falls silent."""
@@ -131,12 +139,9 @@ class WorkerProcesses:
         self.drawn.append((worker, task))
         return self._wires[worker].stream(self.workers[worker].draw(task))
 
-    async def change_model(self, change: ModelChange) -> ModelInfo | None:
-        infos = [
-            await asyncio.to_thread(apply_change, worker.models, change)
-            for worker in self.workers.values()
-        ]
-        return infos[0]
+    async def change_model(self, worker: str, change: ModelChange) -> ModelInfo | None:
+        await self._wires[worker].send()
+        return await asyncio.to_thread(self.workers[worker].changes.apply, change)
 
     async def ping(self, worker: str) -> None:
         await self._wires[worker].send()
@@ -152,7 +157,9 @@ class WorkerProcesses:
     async def _report(self, worker: WorkerCore) -> None:
         while not self._wires[worker.name].killed:
             await self._wires[worker.name].reaches.wait()
-            await self._router.router.report(worker.report())
+            reply = await self._router.router.report(worker.report())
+            if worker.changes.hear(reply.switched):
+                await asyncio.to_thread(worker.changes.catch_up)
             await asyncio.sleep(REPORT_S)
 
 
@@ -177,5 +184,5 @@ async def routed(
         await dispatcher.close(0.0)
         await processes.close()
         await router.router.close()
-        for core in cores:
+        for core in processes.workers.values():
             await asyncio.to_thread(core.close, 0.0)

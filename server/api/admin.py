@@ -21,12 +21,12 @@ from server.services import Services
 def routes(services: Services) -> APIRouter:
     """All of them need an operator's key, where keys are needed."""
     router = APIRouter(prefix="/v1/admin", tags=["operation"], dependencies=[Depends(operator_of)])
-    _logging(router)
+    _logging(router, services)
     _models(router, services)
     return router
 
 
-def _logging(router: APIRouter) -> None:
+def _logging(router: APIRouter, services: Services) -> None:
     @router.get("/log-level", summary="The log level", responses=responses(401, 403))
     async def level() -> LogLevel:
         """Of the gateway that answers."""
@@ -34,8 +34,8 @@ def _logging(router: APIRouter) -> None:
 
     @router.put("/log-level", summary="Switch the log level", responses=responses(401, 403))
     async def set_level(body: LogLevel) -> LogLevel:
-        """Of the gateway that answers, until it ends. The configuration file is not changed."""
-        request_log.set_level(body.level)
+        """Of all processes, within seconds. The configuration file is not changed."""
+        await services.dispatcher.set_log_level(body.level)
         return body
 
 
@@ -46,9 +46,11 @@ def _models(router: APIRouter, services: Services) -> None:
 
     @router.post("/models", summary="Add a model", responses=responses(401, 403, 409, 422, 503))
     async def add_model(body: NewModel) -> ModelReply:
-        """Compiles a folder, on every worker that is up, and serves it. That may take minutes.
+        """Compiles a folder, on every worker, and serves it. That may take minutes.
 
-        A worker that starts later serves what is configured: to keep the model, configure it too.
+        A worker that starts later adds it too. When the whole application starts again it serves
+        what is configured: to keep the model, configure it too. What one worker cannot serve is
+        undone on the others, and told with a 503.
         """
         if body.id in aliases:
             raise ConflictError(f"{body.id} is an alias of a configured model", field="id")

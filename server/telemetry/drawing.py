@@ -13,6 +13,7 @@ from opentelemetry.trace import Span, StatusCode
 from server.dispatch import Dispatcher
 from server.errors import row_of
 from server.messages import Load, ModelChange, ModelInfo, PictureEvent, PictureTask, Readiness
+from server.request_log import Level
 from server.telemetry.attributes import named, of_request
 from server.telemetry.pictures import PictureSpan
 from server.telemetry.traces import Traces
@@ -93,6 +94,10 @@ class TracedDispatcher:
     async def change_model(self, change: ModelChange) -> ModelInfo | None:
         """Add, reload or remove a model; see :meth:`Dispatcher.change_model`."""
         return await self._inner.change_model(change)
+
+    async def set_log_level(self, level: Level) -> None:
+        """See :meth:`Dispatcher.set_log_level`."""
+        await self._inner.set_log_level(level)
 
     async def readiness(self) -> Readiness:
         """Whether every configured model is warm."""

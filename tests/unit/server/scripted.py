@@ -12,6 +12,7 @@ from PIL import Image as Pillow
 
 from engine.errors import CheckpointError, DarkroomError
 from engine.types import Timings
+from server import request_log
 from server.config import ServeConfig
 from server.dispatch import Dispatcher
 from server.messages import (
@@ -27,6 +28,7 @@ from server.messages import (
     Started,
     Stepped,
 )
+from server.request_log import Level
 from server.services import Services, open_services
 
 MODEL = ModelInfo(
@@ -156,6 +158,9 @@ class ScriptedDispatcher:
             self.added = [model for model in self.added if model.id != name]
             return None
         return next(model for model in (MODEL, *self.added) if model.id == name)
+
+    async def set_log_level(self, level: Level) -> None:
+        request_log.set_level(level)
 
     async def readiness(self) -> Readiness:
         return self.ready

@@ -18,7 +18,9 @@ from server.errors import DeadlineTooShortError, retry_after_s, row_of
 from server.fleet import AdmissionPolicy
 from server.messages import ModelInfo
 from server.routing import Grant, Live, Rate, Ticket, WorkerReport
+from server.switched import NOTHING, Switched
 from tests.fake_clock import FakeClock
+from tests.unit.server.scripted import MODEL
 
 RATE = Rate(steps_per_s=100.0, saturation_steps=8.0, tick_s=0.02)
 _ids = itertools.count()
@@ -54,15 +56,24 @@ def ticket(
     )
 
 
+def model(id: str) -> ModelInfo:
+    return replace(MODEL, id=id)
+
+
 def report(
     id: str = "w",
     *,
     live: tuple[Live, ...] = (),
     rates: Mapping[str, Rate] | None = None,
-    models: tuple[ModelInfo, ...] = (),
+    models: tuple[ModelInfo, ...] = (model("m"), model("other")),
+    switched: Switched = NOTHING,
 ) -> WorkerReport:
     return WorkerReport(
-        id=id, rates={"m": RATE} if rates is None else rates, models=models, live=live
+        id=id,
+        rates={"m": RATE} if rates is None else rates,
+        models=models,
+        live=live,
+        switched=switched,
     )
 
 
@@ -387,11 +398,30 @@ def test_a_worker_takes_another_model_only_when_idle_for_its_own(
     assert {grant.worker for grant in helper.grants()} == {"w1", "w2"}
 
 
-def test_a_model_that_nobody_has_goes_to_any_worker(make: Callable[..., Admission]) -> None:
+def test_a_model_that_nobody_has_open_goes_to_any_worker(make: Callable[..., Admission]) -> None:
     admission = make()
     admission.report(report(rates={"other": RATE}))
     admission.admit([ticket(model="m")])
     assert len(admission.grants()) == 1
+
+
+def test_a_worker_gets_nothing_of_a_model_that_it_does_not_serve(
+    make: Callable[..., Admission],
+) -> None:
+    admission = make()
+    admission.report(report("w1"))
+    admission.admit([ticket(model="new")])
+    assert admission.grants() == []
+    admission.report(report("w2", models=(model("m"), model("new"))))
+    assert [grant.worker for grant in admission.grants()] == ["w2"]
+
+
+def test_what_waits_for_a_model_that_is_unwanted_is_dropped(make: Callable[..., Admission]) -> None:
+    admission = make()
+    gone, stays = ticket(model="gone"), ticket(model="m")
+    admission.admit([gone, stays])
+    assert admission.drop(lambda name: name == "gone") == [gone]
+    assert admission.waiting() == {stays.id}
 
 
 def test_a_silent_worker_gets_nothing(make: Callable[..., Admission], clock: FakeClock) -> None:

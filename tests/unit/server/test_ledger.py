@@ -11,6 +11,7 @@ from server.ledger import Ledger
 from server.messages import Load, ModelInfo
 from server.remote import ReplicaLostError
 from server.routing import Grant, Pulse, RouterNews, Ticket
+from server.switched import Switched
 from tests.fake_clock import FakeClock
 from tests.unit.server.test_admission import ticket
 
@@ -41,7 +42,7 @@ class Listener:
         self.heard: list[tuple[list[str], list[str]]] = []
 
     async def heartbeat(
-        self, gateway: str, running: Sequence[Grant], ended: Sequence[str]
+        self, gateway: str, running: Sequence[Grant], ended: Sequence[str], switched: Switched
     ) -> Pulse:
         if self.away:
             raise ReplicaLostError("away")

@@ -6,13 +6,19 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from engine.errors import OverloadedError
-from server.config import ServeConfig
+from engine.errors import InvalidRequestError, OverloadedError
+from server.config import ModelConfig, ServeConfig
+from server.messages import ModelChange
 from server.router import Router
 from server.routing import Expired, Grant, Place, Refused, RouterNews, Ticket
+from server.switched import NOTHING, Switched
 from tests.fake_clock import FakeClock
-from tests.unit.server.test_admission import report, ticket
+from tests.unit.server.test_admission import model, report, ticket
 
+SERVES_M = ServeConfig.model_validate({"models": [{"id": "m"}]})
+ADDED = NOTHING.with_model(ModelChange(action="add", model=ModelConfig(id="new"), at_s=100.0))
+REMOVED = NOTHING.with_model(ModelChange(action="remove", model=ModelConfig(id="new"), at_s=101.0))
+BOTH = (model("m"), model("new"))
 WIDE = 16.0
 """Fills a worker."""
 
@@ -135,5 +141,75 @@ def test_it_says_what_is_outstanding_to_workers_and_models_to_gateways() -> None
         assert reply.outstanding_steps == 60
         assert (await router.heartbeat("g", [], [])).workers == ("w",)
         await waiting.aclose()
+
+    asyncio.run(scenario())
+
+
+async def published(router: Router, switched: Switched = NOTHING) -> list[str]:
+    return [info.id for info in (await router.heartbeat("g", [], [], switched)).models]
+
+
+def test_an_added_model_is_published_once_it_counts_and_stays_when_a_worker_lacks_it() -> None:
+    async def scenario() -> None:
+        router = Router(SERVES_M, clock=FakeClock())
+        await router.report(report("w1", models=BOTH))
+        assert await published(router) == ["m"]  # no gateway has said that all workers have it
+        assert await published(router, ADDED) == ["m", "new"]
+        for _ in range(2):  # whoever reported last decides nothing
+            reply = await router.report(report("w2", models=(model("m"),)))
+            assert reply.switched == ADDED
+            assert await published(router) == ["m", "new"]
+            await router.report(report("w1", models=BOTH))
+        await router.lose("w1")
+        assert await published(router) == ["m", "new"]
+
+    asyncio.run(scenario())
+
+
+def test_tickets_of_an_added_model_go_to_workers_that_have_it_and_wait_for_one() -> None:
+    async def scenario() -> None:
+        router = Router(SERVES_M, clock=FakeClock())
+        await router.report(report("w1", models=BOTH))
+        await router.report(report("w2", models=(model("m"),)))
+        await router.heartbeat("g", [], [], ADDED)
+        tickets = [ticket(model="new", width=4.0) for _ in range(4)]
+        assert {news.worker for news in await said(router.admit(tickets, False))} == {"w1"}  # type: ignore[union-attr]
+        await router.lose("w1")
+        waiting = router.admit([ticket(id="a", model="new")], False)
+        assert isinstance(await anext(waiting), Place)
+        await router.report(report("w2", models=BOTH))
+        assert [news.worker for news in await said(waiting)] == ["w2"]  # type: ignore[union-attr]
+
+    asyncio.run(scenario())
+
+
+def test_a_new_router_learns_of_an_added_model_from_gateways_and_from_workers() -> None:
+    async def scenario() -> None:
+        told = Router(SERVES_M, clock=FakeClock())
+        await told.report(report("w1", models=BOTH))
+        assert await published(told, ADDED) == ["m", "new"]
+        heard = Router(SERVES_M, clock=FakeClock())
+        await heard.report(report("w1", models=BOTH, switched=ADDED))
+        pulse = await heard.heartbeat("g", [], [])
+        assert [info.id for info in pulse.models] == ["m", "new"]
+        assert pulse.switched == ADDED
+
+    asyncio.run(scenario())
+
+
+def test_a_removed_model_is_published_no_more_and_what_waits_for_it_is_told() -> None:
+    async def scenario() -> None:
+        router = Router(SERVES_M, clock=FakeClock())
+        await router.report(report("w1", models=BOTH, rates={}))
+        await router.heartbeat("g", [], [], ADDED)
+        await said(router.admit([ticket(model="m")], False))  # fills it
+        waiting = router.admit([ticket(model="new")], False)
+        assert isinstance(await anext(waiting), Place)
+        assert await published(router, REMOVED) == ["m"]
+        assert await published(router, ADDED) == ["m"]  # an older word changes nothing
+        router.tick()
+        [refused] = await said(waiting)
+        assert isinstance(refused, Refused)
+        assert isinstance(refused.error, InvalidRequestError)
 
     asyncio.run(scenario())

@@ -30,7 +30,7 @@ class Pinged:
     def draw(self, worker: str, task: PictureTask) -> AsyncGenerator[WorkerEvent, None]:
         raise NotImplementedError
 
-    async def change_model(self, change: ModelChange) -> ModelInfo | None:
+    async def change_model(self, worker: str, change: ModelChange) -> ModelInfo | None:
         raise NotImplementedError
 
     async def metrics(self, workers: Sequence[str]) -> Sequence[tuple[str, bytes]]:
