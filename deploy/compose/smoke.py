@@ -60,7 +60,7 @@ def sizes() -> None:
 
 def picture() -> str:
     """One picture, from nothing."""
-    wait_until_ready(300)
+    wait_until_ready(600)
     status, body = draw("a red apple", steps=20)
     assert status == 200, f"{status}: {body}"
     data = base64.b64decode(body["data"][0]["b64_json"])
@@ -77,7 +77,7 @@ def time_to_ready() -> str:
     first_s = (datetime.fromisoformat(ready[:19] + "+00:00") - made).total_seconds()
     began_s = time.monotonic()
     compose("up", "-d", "--no-deps", "--no-build", "--force-recreate", "darkroom")
-    wait_until_ready(300)
+    wait_until_ready(600)
     again_s = time.monotonic() - began_s
     return f"{first_s:.0f} s at first; stopped, made anew and ready in {again_s:.0f} s"
 
