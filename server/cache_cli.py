@@ -35,7 +35,11 @@ ConfigOption = Annotated[
 ]
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="A model's name, or its folder.")]
 EvaluatorOption = Annotated[
-    str, typer.Option(help="module:class of what scores pictures; loaded from MODELS/loupe.")
+    str,
+    typer.Option(help="module:class of what scores pictures, with load(folder), score, features."),
+]
+EvaluatorFolderOption = Annotated[
+    Path | None, typer.Option(help="What the evaluator loads; by default MODELS/loupe.")
 ]
 KINDS = {
     "noisy": ReuseProfile(kind=StateKind.NOISY),
@@ -108,7 +112,11 @@ def clear(
 @cache_app.command()
 def calibrate(
     model: ModelOption = "tintype",
-    kind: Annotated[str, typer.Option(help=f"{', '.join(KINDS)}.")] = "noisy",
+    kind: Annotated[str, typer.Option(help=f"What to store: {', '.join(KINDS)}.")] = "finished",
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Prompts of your model's world, one a line; by default tintype's."),
+    ] = None,
     pairs: Annotated[int, typer.Option(min=2, help="Pairs of prompts in a bin.")] = 24,
     steps: int = 20,
     solver: str | None = None,
@@ -118,6 +126,7 @@ def calibrate(
     ] = 0.9,
     seeds: Annotated[int, typer.Option(min=2, help="Seeds of a prompt to compare.")] = 8,
     evaluator: EvaluatorOption = "models.loupe:Loupe",
+    evaluator_folder: EvaluatorFolderOption = None,
     precision: str = "fp32",
     out: Annotated[Path | None, typer.Option(help="By default beside the model.")] = None,
 ) -> None:
@@ -130,11 +139,11 @@ def calibrate(
 
     settings = Settings.from_environment()
     profile = _kind(kind)
-    judge = evaluator_named(evaluator, settings)
+    judge = evaluator_named(evaluator, settings, evaluator_folder)
     with opened_model(settings, model, precision) as opened:
         bench = Bench(opened, profile, GenerateRequest(prompt="", steps=steps, solver=solver))
         try:
-            chosen = pairs_of_world(settings, opened, pairs)
+            chosen = pairs_of_world(settings, opened, pairs, prompts)
             found = measure(
                 chosen,
                 bench.generate,
@@ -168,6 +177,10 @@ def calibrate(
 @cache_app.command()
 def replay(
     model: ModelOption = "tintype",
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Your own trace, one prompt a line as they came; else a synthetic one."),
+    ] = None,
     requests: Annotated[int, typer.Option(min=1)] = 400,
     zipf: Annotated[float, typer.Option(help="Exponent of the subjects' popularity.")] = 0.8,
     profile: Annotated[Path | None, typer.Option(help="A calibrated profile.")] = None,
@@ -179,28 +192,33 @@ def replay(
         bool, typer.Option(help="Draw the pictures, with the cache and without.")
     ] = True,
     evaluator: EvaluatorOption = "models.loupe:Loupe",
+    evaluator_folder: EvaluatorFolderOption = None,
     precision: str = "fp32",
 ) -> None:
     """Replay a trace of prompts: steps saved, at what quality, and what fewer steps would keep."""
     import numpy as np
 
     from cache.policy import policy_named
-    from cache.traces import TraceConfig, make_trace, reuse_within
+    from cache.traces import TraceConfig, reuse_within
     from engine.types import GenerateRequest, Picture
     from server.cache_replay import Replayed, draw_trace, embed_prompts, simulate
     from server.cache_wiring import evaluator as evaluator_named
-    from server.cache_wiring import model_folder, opened_model, vocabulary
+    from server.cache_wiring import model_folder, opened_model, trace_of
 
     settings = Settings.from_environment()
     found = profile or model_folder(settings, model) / FILE_NAME
     used = read_profile(found) if profile or found.exists() else ReuseProfile()
     chosen = policy_named(policy, half_life_s=half_life_s)
-    trace = make_trace(vocabulary(settings), TraceConfig(requests=requests, zipf=zipf))
+    trace = trace_of(settings, prompts, TraceConfig(requests=requests, zipf=zipf))
     base = GenerateRequest(prompt="", steps=steps)
     limit_bytes = int(limit_mb * 1e6)
     _out.print(
-        f"{requests} requests over {trace[-1].at_s / 3600:.1f} h, Zipf {zipf}; of repeats"
-        f" {reuse_within(trace, 3600):.0%} within an hour"
+        f"{len(trace)} requests of {prompts}"
+        if prompts
+        else f"{requests} requests over {trace[-1].at_s / 3600:.1f} h, Zipf {zipf}; of repeats"
+        f" {reuse_within(trace, 300):.0%} within 5 minutes, {reuse_within(trace, 3600):.0%} within"
+        " an hour",
+        soft_wrap=True,
     )
     with opened_model(settings, model, precision) as opened:
         if used.checkpoint not in (None, opened.spec.fingerprint):
@@ -216,7 +234,7 @@ def replay(
             )
             _out.print(f"saved {result.saved:.1%} of the steps; {result}")
             return
-        judge = evaluator_named(evaluator, settings)
+        judge = evaluator_named(evaluator, settings, evaluator_folder)
 
         def drawn(steps: int, profile: ReuseProfile | None) -> tuple[Replayed, float]:
             """What a replay with so many steps saved, and its mean score."""

@@ -14,12 +14,16 @@ import numpy as np
 
 from cache.calibration import Pair, choose_pairs
 from cache.distances import FloatArray
-from cache.traces import Arrival, Vocabulary
+from cache.traces import Arrival, TraceConfig, Vocabulary, make_trace
 from engine.errors import InvalidRequestError
 from server.settings import Settings
 
 if TYPE_CHECKING:
     from engine.model import Model
+
+MAX_PROMPTS = 5000
+"""Of a file of one's own: every prompt is compared with every other."""
+_GAP_S = 30.0
 
 
 def vocabulary(settings: Settings) -> Vocabulary:
@@ -53,8 +57,8 @@ class Judge:
         return np.asarray(self._loaded.features(list(pictures)), dtype=np.float64)
 
 
-def evaluator(named: str, settings: Settings) -> Judge:
-    """The evaluator ``module:class``, loaded from the models folder's ``loupe``.
+def evaluator(named: str, settings: Settings, folder: Path | None = None) -> Judge:
+    """The evaluator ``module:class``, loaded from ``folder``, else the models folder's ``loupe``.
 
     Raises:
         InvalidRequestError: it cannot be imported.
@@ -67,22 +71,65 @@ def evaluator(named: str, settings: Settings) -> Judge:
         loader = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise InvalidRequestError(
-            f"the evaluator {named!r} cannot be imported; name one as module:class",
+            f"the evaluator {named!r} cannot be imported; name one as module:class that Python"
+            " finds (PYTHONPATH)",
             field="evaluator",
         ) from error
-    return Judge(loader.load(settings.models / "loupe"))
+    return Judge(loader.load(folder or settings.models / "loupe"))
 
 
-def pairs_of_world(settings: Settings, model: Model, per_bin: int) -> list[Pair]:
-    """Pairs from the editing sessions and the plain prompts, over all similarities."""
+def prompts_in(file: Path) -> list[str]:
+    """The prompts of a text file, one a line; empty lines are left out.
+
+    Raises:
+        InvalidRequestError: it cannot be read as UTF-8, or holds none, or too many.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequestError(
+            f"{file} cannot be read as text: {type(error).__name__}", field="prompts"
+        ) from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not 1 <= len(prompts) <= MAX_PROMPTS:
+        raise InvalidRequestError(
+            f"{file} holds {len(prompts)} prompts; 1 to {MAX_PROMPTS} are allowed, one a line",
+            field="prompts",
+        )
+    return prompts
+
+
+def trace_of(settings: Settings, file: Path | None, config: TraceConfig) -> list[Arrival]:
+    """A synthetic trace of the default model's world; of a file, its first prompts as they come.
+
+    A file says nothing of times: its prompts are 30 s apart, and all of one session.
+    """
+    if file is None:
+        return make_trace(vocabulary(settings), config)
+    prompts = prompts_in(file)[: config.requests]
+    return [Arrival(_GAP_S * i, 0, prompt) for i, prompt in enumerate(prompts)]
+
+
+def pairs_of_world(
+    settings: Settings, model: Model, per_bin: int, own: Path | None = None
+) -> list[Pair]:
+    """Pairs of prompts over all similarities.
+
+    Args:
+        own: a file of prompts; else the default model's editing sessions and plain prompts.
+    """
     from server.cache_replay import embed_prompts
 
-    sessions = json.loads((settings.models / "prompts/editing.json").read_text())
-    prompts = [step["prompt"] for session in sessions for step in session["steps"]]
-    prompts = list(dict.fromkeys([*prompts, *(item["prompt"] for item in _seen(settings))]))
+    prompts = list(dict.fromkeys(_prompts_of_world(settings) if own is None else prompts_in(own)))
     embeddings = embed_prompts([Arrival(0.0, 0, prompt) for prompt in prompts], model)
     vectors = np.stack([embeddings[prompt] for prompt in prompts])
     return choose_pairs(prompts, vectors, per_bin=per_bin)
+
+
+def _prompts_of_world(settings: Settings) -> list[str]:
+    sessions = json.loads((settings.models / "prompts/editing.json").read_text())
+    edited = [step["prompt"] for session in sessions for step in session["steps"]]
+    return [*edited, *(item["prompt"] for item in _seen(settings))]
 
 
 def _seen(settings: Settings) -> list[dict[str, Any]]:

@@ -136,6 +136,50 @@ def test_calibrate_writes_the_profile_that_serving_reads(
     assert last[max(last)]["agreement"] < 1.0
 
 
+def test_another_world_is_calibrated_on_its_own_prompts(
+    darkroom: Command, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(models / "prompts")
+    loaded, scored = [], set()
+
+    def load(cls: type[Likes], folder: Path) -> Likes:
+        loaded.append(folder)
+        return cls()
+
+    def score(self: Likes, picture: np.ndarray[Any, Any], prompt: str) -> float:
+        scored.add(prompt)
+        return 0.5
+
+    monkeypatch.setattr(Likes, "load", classmethod(load))
+    monkeypatch.setattr(Likes, "score", score)
+    mine = {"a ship at sea", "a ship at night", "two ships", "a lighthouse"}
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(["", *sorted(mine), "a ship at sea", "  "]))
+    own = ("--prompts", str(file), "--evaluator-folder", str(tmp_path / "my-judge"))
+    status, _, errors = darkroom("calibrate", *SHORT, "--keep-diversity", "0", *own)
+    assert (status, errors) == (0, "")
+    assert loaded == [tmp_path / "my-judge"]
+    assert scored
+    assert scored <= mine
+    # Finished pictures are what is stored, unless another kind is asked for.
+    profile = read_profile(models / MODEL / FILE_NAME)
+    assert (profile.kind, profile.fractions) == (StateKind.CLEAN, (1.0,))
+    status, said, errors = darkroom("replay", "--no-draw", "--steps", "10", *own)
+    assert (status, errors) == (0, "")
+    assert f"5 requests of {file}" in said
+    assert saved_in(said) > 0
+
+
+@pytest.mark.parametrize("text", [b"", b"\n \n", b"\xff\xfe", b"a\n" * 5001])
+def test_a_file_without_prompts_is_refused(darkroom: Command, tmp_path: Path, text: bytes) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(text)
+    status, _, errors = darkroom("replay", "--no-draw", "--prompts", str(file))
+    assert status != 0
+    assert str(file) in errors
+    assert "one a line" in errors or "cannot be read as text" in errors
+
+
 def test_what_scores_less_with_the_cache_gets_no_jump(darkroom: Command, models: Path) -> None:
     out = models / "elsewhere.json"
     status, said, _ = darkroom(
