@@ -104,6 +104,50 @@ def test_one_of_two_gateways_dies_and_the_port_answers_as_before(stage: Stage) -
     assert [draw(stage.served, steps=4).status for _ in range(40)] == [200] * 40
 
 
+def test_a_model_that_was_added_is_drawn_by_a_worker_that_came_after_it(
+    tiny_checkpoint: Callable[[str], Path], plans: Path, tmp_path: Path
+) -> None:
+    added = tmp_path / "added"
+    shutil.copytree(tiny_checkpoint("text"), added)
+    weights = added / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 0.8 * value for name, value in load_file(weights).items()}, weights)
+    with darkroom_serve(
+        tiny_checkpoint("text"), plans, tmp_path / "home", workers={"replicas": 2}
+    ) as served:
+        body = {"id": "added", "path": str(added)}
+        reply = httpx.post(f"{served.url}/v1/admin/models", json=body, timeout=300.0)
+        assert reply.status_code == 200, reply.text
+        plan = reply.json()["darkroom"]["plan_digest"]
+        level = httpx.put(f"{served.url}/v1/admin/log-level", json={"level": "warning"})
+        assert level.status_code == 200, level.text
+        with asking(served, CLIENTS, model="added", steps=STEPS) as got:
+            wait_until(lambda: len(drawn_by(served, "added")) == 2)
+            before = drawn_by(served, "added")
+            [killed, left] = served.replicas("Worker")
+            killed.kill()
+            killed.wait()
+            since_killed = len(got) + CLIENTS
+            # The one that comes instead has it too, and the router sends it pictures of it.
+            wait_until(lambda: bool(drawn_by(served, "added") - before), timeout_s=240.0)
+            wait_until(lambda: len(got) >= since_killed + CLIENTS)
+            listed = httpx.get(f"{served.url}/v1/models").json()["data"]
+        assert left.is_running()
+        assert {reply.status for reply in got} == {200}
+        assert {reply.plan for reply in got} == {plan}
+        assert [model["id"] for model in listed] == [MODEL, "added"]
+
+
+def drawn_by(served: Served, model: str) -> set[str]:
+    """The workers that are up and have drawn with a model."""
+    text = httpx.get(f"{served.url}/metrics", timeout=30.0).text
+    lines = [line for line in text.splitlines() if line.startswith("darkroom_pictures_total{")]
+    return {
+        line.partition('replica="')[2].partition('"')[0]
+        for line in lines
+        if f'model="{model}"' in line
+    }
+
+
 def answering(served: Served) -> set[str]:
     """The gateways that take connections to the one port: each is busy with the page it writes."""
     found: set[str] = set()
