@@ -24,6 +24,7 @@ from engine.engine import Engine
 from engine.model import Model
 from engine.runtime.base import Runtime
 from engine.types import GenerateRequest
+from tests.mates import worst_difference
 
 DIAL_DB = 22.0
 DEQUANTIZE = "DequantizeLinear"
@@ -158,6 +159,16 @@ def test_a_row_is_the_same_alone_and_beside_a_loud_mate(plan: Plan, cpu_runtime:
     denoiser.close()
     assert torch.isfinite(pair).all()
     assert (pair[0] - alone[0]).norm() <= 1e-5 * alone.norm()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_trajectory_is_the_same_alone_and_in_a_random_mixed_batch(
+    plan: Plan, cpu_runtime: Runtime, seed: int
+) -> None:
+    model = Model.open(plan, cpu_runtime)
+    worst = worst_difference(model, seed)
+    model.close()
+    assert worst <= 1e-5
 
 
 def test_adapters_without_effect_change_nothing(plan: Plan, cpu_runtime: Runtime) -> None:

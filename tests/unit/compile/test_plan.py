@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -260,6 +261,35 @@ def test_threads_that_ask_at_once_build_once(store: PlanStore, checkpoint: Check
         thread.join()
     assert len(plans) == 3
     assert stages.count("copying the checkpoint") == 1
+
+
+def test_processes_that_ask_at_once_build_once(
+    tmp_path: Path, store: PlanStore, checkpoint: Checkpoint
+) -> None:
+    context = multiprocessing.get_context("fork")
+    gate, said = context.Barrier(2), context.SimpleQueue()
+    children = [
+        context.Process(target=_race, args=(tmp_path / "plans", checkpoint, gate, said))
+        for _ in range(2)
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+    assert [child.exitcode for child in children] == [0, 0]
+    (first, one), (second, other) = said.get(), said.get()
+    assert first == second == store.digests()[0]
+    assert sorted([one, other]) == [0, 1]  # one built, the other waited and found it
+    assert not leftovers(tmp_path / "plans")
+
+
+def _race(root: Path, checkpoint: Checkpoint, gate: Any, said: Any) -> None:
+    stages: list[str] = []
+    gate.wait(60)
+    plan = PlanStore(root).build(
+        checkpoint, backend="torch", progress=lambda stage, *_: stages.append(stage)
+    )
+    said.put((plan.digest, stages.count("copying the checkpoint")))
 
 
 def test_a_builder_that_is_killed_leaves_no_plan(
