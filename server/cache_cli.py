@@ -285,17 +285,17 @@ def _operator(config: Path | None) -> Iterator[Operator]:
     """The operator of the configured Redis; a server that does not answer is one line."""
     import redis
 
-    from cache.connection import RedisSettings
     from cache.inspection import Operator
+    from server.redis_settings import redis_settings
 
-    url = served_config(config).redis.url
-    if url is None:
+    wanted = served_config(config).redis
+    if wanted.url is None:
         raise InvalidRequestError(
             "no Redis is configured (redis.url, or DARKROOM_REDIS_URL): each worker keeps its cache"
             " in memory, which GET /v1/cache shows",
             field="redis.url",
         )
-    client = RedisSettings(url=url).client(5.0)
+    client = redis_settings(wanted, 5.0).client(5.0)
     try:
         yield Operator(client)
     except redis.RedisError as error:

@@ -182,11 +182,40 @@ class JobsConfig(Section):
     webhook_attempts: Annotated[int, Field(ge=1, le=20)] = 5
 
 
+class RedisTlsConfig(Section):
+    """For ``rediss://`` with a private authority, or with client certificates. PEM files."""
+
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    check_hostname: bool = True
+    """Off only for certificates without names."""
+
+    def options(self) -> dict[str, object]:
+        """What a client of redis-py takes for it."""
+        files = {"ssl_ca_certs": self.ca, "ssl_certfile": self.certificate, "ssl_keyfile": self.key}
+        given = {name: str(path) for name, path in files.items() if path is not None}
+        return {"ssl_check_hostname": self.check_hostname, **given}
+
+    @model_validator(mode="after")
+    def _pair(self) -> RedisTlsConfig:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key belong together: give both, or neither")
+        return self
+
+
 class RedisConfig(Section):
     """One Redis for jobs and the noise cache; the password comes from DARKROOM_REDIS_URL."""
 
     url: str | None = None
     timeout_s: Positive = 0.5
+    tls: RedisTlsConfig = RedisTlsConfig()
+
+    @model_validator(mode="after")
+    def _encrypted(self) -> RedisConfig:
+        if self.tls != RedisTlsConfig() and self.url and not self.url.startswith("rediss://"):
+            raise ValueError("redis.tls is for URLs that begin with rediss://; this one does not")
+        return self
 
 
 class ContentConfig(Section):

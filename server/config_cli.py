@@ -46,7 +46,8 @@ def check(config: ConfigOption = None) -> None:
     if served.redis.url is not None:
         from server.jobs.redis_client import connect
 
-        connect(served.redis.url, served.redis.timeout_s)  # which it does at its first use only
+        redis = served.redis
+        connect(served.redis.url, redis.timeout_s, redis.tls)  # which it does at its first use only
         where = "in Redis"
     typer.echo(
         f"ok: {', '.join(model.id for model in served.models)}"

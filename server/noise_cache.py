@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cache.connection import RedisSettings
 from cache.memory import MemoryNoiseCache
 from cache.policy import policy_named
 from cache.profiles import FILE_NAME, read_profile
@@ -12,6 +11,7 @@ from cache.redis import RedisNoiseCache
 from engine.ports import NoiseCache
 from engine.reuse_noise import NoiseReuseConfig
 from server.config import ServeConfig
+from server.redis_settings import redis_settings
 
 
 def noise_cache(config: ServeConfig) -> NoiseCache | None:
@@ -22,7 +22,7 @@ def noise_cache(config: ServeConfig) -> NoiseCache | None:
     policy = policy_named(wanted.policy, half_life_s=wanted.half_life_s)
     if config.redis.url is None:
         return MemoryNoiseCache(limit_bytes=wanted.max_bytes, policy=policy)
-    settings = RedisSettings(url=config.redis.url, timeout_s=wanted.budget_s)
+    settings = redis_settings(config.redis, wanted.budget_s)
     return RedisNoiseCache(settings, limit_bytes=wanted.max_bytes, policy=policy)
 
 

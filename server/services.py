@@ -78,5 +78,9 @@ def _job_store(config: ServeConfig) -> JobStore:
     from server.jobs.redis import RedisJobStore  # whoever has no Redis need not import its client
 
     return RedisJobStore(
-        config.redis.url, bounds, timeout_s=config.redis.timeout_s, now_s=time.time
+        config.redis.url,
+        bounds,
+        timeout_s=config.redis.timeout_s,
+        now_s=time.time,
+        tls=config.redis.tls,
     )

@@ -11,6 +11,7 @@ from fastapi.concurrency import run_in_threadpool
 
 from engine.errors import InvalidRequestError, UnsupportedError
 from server.auth import operator_of
+from server.config import RedisConfig
 from server.errors import CacheUnavailableError
 from server.metrics_page import families_of
 from server.schemas.base import responses
@@ -31,8 +32,7 @@ def routes(services: Services) -> APIRouter:
 
     async def on_redis(do: Callable[[Operator], _T]) -> _T:
         def run() -> _T:
-            assert config.redis.url is not None
-            with _operator(config.redis.url) as operator:
+            with _operator(config.redis) as operator:
                 return do(operator)
 
         return await run_in_threadpool(run)
@@ -87,13 +87,13 @@ def routes(services: Services) -> APIRouter:
 
 
 @contextmanager
-def _operator(url: str) -> Iterator[Operator]:
+def _operator(config: RedisConfig) -> Iterator[Operator]:
     import redis  # whoever has no Redis need not import its client
 
-    from cache.connection import RedisSettings
     from cache.inspection import Operator
+    from server.redis_settings import redis_settings
 
-    client = RedisSettings(url=url).client(_TIMEOUT_S)
+    client = redis_settings(config, _TIMEOUT_S).client(_TIMEOUT_S)
     try:
         yield Operator(client)
     except redis.RedisError as error:

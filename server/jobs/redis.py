@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from redis.exceptions import RedisError
 
+from server.config import RedisTlsConfig
 from server.errors import JobsUnavailableError
 from server.jobs import scripts
 from server.jobs.records import (
@@ -47,13 +48,20 @@ class RedisJobStore:
 
     Args:
         timeout_s: of each call, connecting included; a call is tried at most three times.
+        tls: of a ``rediss://`` address.
         now_s: Unix time, which gateways should agree on to a second or so.
     """
 
     def __init__(
-        self, url: str, bounds: Bounds, *, timeout_s: float, now_s: Callable[[], float]
+        self,
+        url: str,
+        bounds: Bounds,
+        *,
+        timeout_s: float,
+        now_s: Callable[[], float],
+        tls: RedisTlsConfig | None = None,
     ) -> None:
-        self._redis = connect(url, timeout_s)
+        self._redis = connect(url, timeout_s, tls)
         self._bounds = bounds
         self._now_s = now_s
         self._news = News(self._redis)

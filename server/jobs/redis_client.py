@@ -13,6 +13,7 @@ from redis.backoff import ExponentialBackoff
 from redis.exceptions import RedisError
 
 from engine.errors import InvalidRequestError
+from server.config import RedisTlsConfig
 from server.errors import JobsUnavailableError
 
 _log = logging.getLogger(__name__)
@@ -27,17 +28,19 @@ def key(kind: str, *parts: str) -> str:
     return ":".join(("darkroom", "{jobs}", SCHEMA, kind, *parts))
 
 
-def connect(url: str, timeout_s: float) -> Any:
+def connect(url: str, timeout_s: float, tls: RedisTlsConfig | None = None) -> Any:
     """A client with a bounded pool; it connects at its first use.
 
     Typed as anything: its own types are unions of every form that a reply could have.
 
     Args:
         timeout_s: of each call, connecting included; it is tried at most three times.
+        tls: of a ``rediss://`` address; others ignore it.
 
     Raises:
         InvalidRequestError: no address of a Redis. It may hold a password, so it is not shown.
     """
+    options = (tls or RedisTlsConfig()).options() if url.startswith("rediss://") else {}
     try:
         pool = BlockingConnectionPool.from_url(
             url,
@@ -47,6 +50,7 @@ def connect(url: str, timeout_s: float) -> Any:
             socket_connect_timeout=timeout_s,
             health_check_interval=15,
             retry=Retry(ExponentialBackoff(cap=0.2, base=0.02), 2),
+            **options,
         )
     except ValueError:
         raise InvalidRequestError(

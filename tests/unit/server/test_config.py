@@ -76,6 +76,19 @@ def test_the_dial_of_int8_goes_with_int8_only(tmp_path: Path) -> None:
         read_config(written(tmp_path, model.format("fp32")))
 
 
+@pytest.mark.parametrize(
+    ("redis", "named"),
+    [
+        ("{url: 'rediss://r', tls: {certificate: /c.pem}}", "certificate and key belong together"),
+        ("{url: 'redis://r', tls: {ca: /ca.pem}}", "rediss://"),
+    ],
+)
+def test_tls_of_redis_is_whole_or_refused(tmp_path: Path, redis: str, named: str) -> None:
+    (path := tmp_path / "darkroom.yaml").write_text(f"redis: {redis}")
+    with pytest.raises(InvalidRequestError, match=named):
+        served_config(path, environ={})
+
+
 def test_what_is_checked_together_is_checked_after_everything_is_laid_over(tmp_path: Path) -> None:
     hash_ = new_key().hash
     path = written(tmp_path, f"auth: {{tenants: [{{id: a, key_hashes: [{hash_}]}}]}}\n")
