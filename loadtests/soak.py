@@ -36,9 +36,10 @@ from loadtests.traffic.machine import describe_machine  # noqa: E402
 from loadtests.traffic.plan import Mix, plan  # noqa: E402
 from loadtests.traffic.run import measure_capacity, run_level  # noqa: E402
 from loadtests.traffic.served import darkroom, describe_config  # noqa: E402
+from server.listener import KEEP_ALIVE_S  # noqa: E402
 
-SETTLE_S = 20.0
-"""For connections that idle to be closed, before leftovers are counted."""
+SETTLE_S = KEEP_ALIVE_S + 15.0
+"""For connections that idle to be closed by the server, before leftovers are counted."""
 _FINE = ("ok", "given_up", "overloaded", "rate_limited")
 
 

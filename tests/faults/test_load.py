@@ -68,6 +68,7 @@ def test_two_hundred_clients_that_leave_leave_nothing_behind(served: Served) -> 
     chance = random.Random(0)
     for round_ in range(2):  # the first fills pools and caches, which may stay
         before = footprint(served)
+        tasks_before = served.metric("darkroom_event_loop_tasks")
         for wave in range(10):
             leaving = [
                 leave_after(served, chance.randrange(6), seed=wave * 20 + i, steps=SHORT_STEPS)
@@ -79,6 +80,7 @@ def test_two_hundred_clients_that_leave_leave_nothing_behind(served: Served) -> 
         wait_until(lambda: served.metric("darkroom_router_queued") == 0)
         assert served.metric("darkroom_router_orphans_total") == 0, round_
     after = footprint(served)
+    wait_until(lambda: served.metric("darkroom_event_loop_tasks") <= tasks_before + 8)
     assert draw(served, steps=4).status == 200
     for role, (threads, files, memory_mb) in after.items():
         threads_before, files_before, memory_before_mb = before[role]
