@@ -7,7 +7,8 @@ requests of the load tests at random times (open loop) at ``--rate`` times that,
 five seconds at the memory, open files and threads of each of its processes and at its own gauges
 of tasks, jobs and slots. Prints growth an hour with its confidence interval, and what is left over
 once the load has ended; writes ``samples.jsonl``, ``soak.md`` and ``soak.png``. The exit status is
-1 when a bound of ``--thresholds`` is missed.
+1 when a bound of ``--thresholds`` is missed. By default jobs are forgotten after two minutes
+(``soak_config.yaml``): what the service keeps on purpose has stopped growing before the slopes begin.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from server.listener import KEEP_ALIVE_S  # noqa: E402
 
 SETTLE_S = KEEP_ALIVE_S + 15.0
 """For connections that idle to be closed by the server, before leftovers are counted."""
+CONFIG = Path(__file__).with_name("soak_config.yaml")
 _FINE = ("ok", "given_up", "overloaded", "rate_limited")
 
 
@@ -148,7 +150,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--every-s", type=float, default=5.0, help="between samples")
     parser.add_argument("--timeout-s", type=float, default=120.0, help="of a request")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--config", type=Path, help="of the server; by default none")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="of the server")
     parser.add_argument("--thresholds", type=Path, default=soak_verdicts.DEFAULT)
     parser.add_argument("--out", type=Path, default=Path("out/soak"))
     options = parser.parse_args()
