@@ -8,7 +8,7 @@ five seconds at the memory, open files and threads of each of its processes and 
 of tasks, jobs and slots. Prints growth an hour with its confidence interval, and what is left over
 once the load has ended; writes ``samples.jsonl``, ``soak.md`` and ``soak.png``. The exit status is
 1 when a bound of ``--thresholds`` is missed. By default jobs are forgotten after two minutes
-(``soak_config.yaml``): what the service keeps on purpose has stopped growing before the slopes begin.
+(``soak_config.yaml``): what is kept on purpose has stopped growing before the slopes begin.
 """
 
 from __future__ import annotations
