@@ -28,6 +28,7 @@ from engine.reuse_noise import NoiseReuse, NoiseReuseConfig, Visit, continued
 from engine.saturation import (
     StepTimeFile,
     StepTimeTable,
+    brought_up_to_date,
     device_fingerprint,
     lane_name,
     measure,
@@ -232,11 +233,15 @@ class Engine:
         fingerprint = device_fingerprint(model.device, model.threads)
         kept = StepTimeFile(model.plan.timings_folder, fingerprint)
         tables = kept.read()
-        if lane_name(lane) not in tables:
-            most = model.denoiser.limits.most
-            tables[lane_name(lane)] = measure(model.blank_walk(lane), self._clock, most=most)
-            kept.write(tables)
-        self.times.set(lane, tables[lane_name(lane)])
+        known = tables.get(lane_name(lane))
+        walk, most = model.blank_walk(lane), model.denoiser.limits.most
+        if known:
+            found = brought_up_to_date(known, walk, self._clock, most=most)
+        else:
+            found = measure(walk, self._clock, most=most)
+        if found != known:
+            kept.write(tables | {lane_name(lane): found})
+        self.times.set(lane, found)
 
     def _submit(
         self,

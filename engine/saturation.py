@@ -24,6 +24,9 @@ from engine.trajectory import LaneKey
 CLOSE_TO_BEST = 0.95
 """B* is the smallest batch whose median throughput is at least this part of the best."""
 
+MUCH_FASTER = 0.8
+"""A kept time is doubted when a tick takes less than this part of it."""
+
 _MEMORY = 0.1
 """Weight of the newest tick in the running mean of a batch's time."""
 
@@ -172,16 +175,16 @@ def measure(
 ) -> dict[int, float]:
     """Median seconds of ``tick(rows)`` for growing batches.
 
-    Stops when a doubled batch brought less than 3 % of throughput, or the budget is spent: past
-    saturation there is nothing left to learn. Also above ``most``, and at a batch that does not
-    fit into memory.
+    Stops when two doubled batches in a row brought less than 3 % of throughput (one may have met
+    other work on the machine), or the budget is spent: past saturation there is nothing left to
+    learn. Also above ``most``, and at a batch that does not fit into memory.
 
     Raises:
         OutOfMemoryError: not even the smallest batch fits.
     """
     began_s = clock.now_s()
     table: dict[int, float] = {}
-    best = 0.0
+    best, in_vain = 0.0, 0
     for count in rows:
         if most is not None and count > most:
             break
@@ -198,10 +201,31 @@ def measure(
             break
         table[count] = statistics.median(samples)
         rate = count / table[count]
-        if rate < 1.03 * best or clock.now_s() - began_s > budget_s:
+        in_vain = in_vain + 1 if rate < 1.03 * best else 0
+        if in_vain == 2 or clock.now_s() - began_s > budget_s:
             break
-        best = rate
+        best = max(best, rate)
     return table
+
+
+def brought_up_to_date(
+    kept: Mapping[int, float], tick: Callable[[int], None], clock: Clock, *, most: int | None = None
+) -> dict[int, float]:
+    """A kept table, or a new one where the machine proves to be faster than the kept one says.
+
+    What was measured beside other work would hold every later start back: with too small a B*,
+    and with deadlines refused that can be met. Other work only ever adds time, so a table is
+    measured anew when a few ticks take much less than it says, or when a batch of twice its B* is
+    clearly better than one of B*; and the lower times count.
+    """
+    star = saturation_rows(kept)
+    probe = measure(tick, clock, rows=sorted({1, star, 2 * star}), most=most, repeats=3)
+    faster = any(seconds < MUCH_FASTER * kept.get(rows, 0.0) for rows, seconds in probe.items())
+    if not faster and saturation_rows(probe) <= star:
+        return dict(kept)
+    fresh = measure(tick, clock, most=most)
+    lower = {rows: min(seconds, kept.get(rows, seconds)) for rows, seconds in fresh.items()}
+    return {**kept, **lower}
 
 
 def device_fingerprint(device: torch.device, threads: int) -> str:

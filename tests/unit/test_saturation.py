@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from engine.errors import OutOfMemoryError
-from engine.saturation import StepTimeFile, StepTimeTable, lane_name, measure, saturation_rows
+from engine.saturation import (
+    StepTimeFile,
+    StepTimeTable,
+    brought_up_to_date,
+    lane_name,
+    measure,
+    saturation_rows,
+)
 from engine.trajectory import LaneKey
 from tests.fake_clock import FakeClock
 
@@ -50,9 +57,35 @@ def test_measuring_takes_medians_and_stops_past_saturation() -> None:
         runs.append(rows)
         clock.tick(0.01 * max(rows, 4) * (5.0 if len(runs) == 3 else 1.0))  # one outlier
 
-    table = measure(tick, clock, rows=(1, 2, 4, 8, 16), repeats=3)
-    assert table == {rows: pytest.approx(0.01 * max(rows, 4)) for rows in (1, 2, 4, 8)}
+    table = measure(tick, clock, rows=(1, 2, 4, 8, 16, 32), repeats=3)
+    assert table == {rows: pytest.approx(0.01 * max(rows, 4)) for rows in (1, 2, 4, 8, 16)}
     assert saturation_rows(table) == 4
+
+
+def test_one_batch_that_met_other_work_does_not_end_the_measuring() -> None:
+    clock = FakeClock()
+    table = measure(lambda rows: clock.tick(0.1 if rows == 4 else 0.01), clock)
+    assert set(table) == {1, 2, 4, 8, 16, 32}
+    assert saturation_rows(table) == 32
+
+
+@pytest.mark.parametrize(
+    ("kept", "star"),
+    [
+        pytest.param({1: 0.01, 2: 0.0101, 4: 0.02, 8: 0.04}, 2, id="as measured"),
+        pytest.param({1: 0.005, 2: 0.005, 4: 0.01, 8: 0.02}, 2, id="busy now: the old one counts"),
+        pytest.param({1: 0.05, 2: 0.3, 4: 0.4}, 2, id="busy then"),
+        pytest.param({1: 0.01, 2: 0.03}, 2, id="busy then, at one batch"),
+    ],
+)
+def test_a_kept_table_is_measured_anew_where_the_machine_is_faster(
+    kept: dict[int, float], star: int
+) -> None:
+    clock = FakeClock()
+    real = {1: 0.01, 2: 0.0101, 4: 0.02, 8: 0.04, 16: 0.08, 32: 0.16}
+    found = brought_up_to_date(kept, lambda rows: clock.tick(real[rows]), clock)
+    assert saturation_rows(found) == star
+    assert all(found[rows] <= seconds + 1e-9 for rows, seconds in kept.items())
 
 
 def test_a_batch_never_passes_what_the_graphs_take() -> None:
