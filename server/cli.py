@@ -58,7 +58,9 @@ def main() -> None:
     try:
         app()
     except DarkroomError as error:
-        _err.print(f"[bold red]error:[/] {type(error).__name__}: {error}", highlight=False)
+        # Neither wrapped nor read as markup: paths are there to be copied, and may hold brackets.
+        text = escape(f"{type(error).__name__}: {error}")
+        _err.print(f"[bold red]error:[/] {text}", highlight=False, soft_wrap=True)
         sys.exit(2)
 
 
