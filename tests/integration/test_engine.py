@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 
 import numpy as np
@@ -19,6 +18,7 @@ from engine.errors import (
 )
 from engine.model import Model
 from engine.runtime.base import Runtime
+from engine.saturation import StepTimeFile, device_fingerprint, lane_name
 from engine.types import GenerateRequest, StepEvent
 
 
@@ -133,14 +133,14 @@ def test_warm_up_measures_and_keeps_it_beside_the_plan(
     tables = []
     for _ in range(2):
         engine = Engine()
-        engine.load(Model.open(plan, cpu_runtime))
+        model = Model.open(plan, cpu_runtime)
+        lane = lane_name(model.native_lane())
+        kept = StepTimeFile(plan.timings_folder, device_fingerprint(model.device, model.threads))
+        engine.load(model)
         engine.start()
         engine.warm_up()
         assert engine.rows_per_s() > 0
         engine.close()
-        kept = list(plan.timings_folder.glob("*.json"))
-        assert len(kept) == 1
-        [table] = json.loads(kept[0].read_text()).values()
-        tables.append(table)
+        tables.append(kept.read()[lane])
     first, second = tables
     assert all(second[rows] <= seconds for rows, seconds in first.items())
