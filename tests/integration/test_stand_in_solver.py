@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from engine.checkpoint import Checkpoint
@@ -59,7 +60,9 @@ def test_the_command_names_it_and_refuses_what_has_no_substitute(
     with_scheduler(lms, lms.with_name("edm"), "EDMEulerScheduler")
     monkeypatch.setenv("DARKROOM_MODELS", str(lms.parent))
     monkeypatch.setenv("DARKROOM_HOME", str(lms.parent / "home"))
-    found = CliRunner().invoke(app, ["models"], env={"COLUMNS": "400"})
+    # A console keeps the width that it finds when its module is imported, by whichever test.
+    monkeypatch.setattr("server.models_cli._out", Console(width=400))
+    found = CliRunner().invoke(app, ["models"])
     rows = {line.split()[1]: line for line in found.output.splitlines() if "│" in line}
     assert "dpmpp_2m in place of LMSDiscreteScheduler" in rows["lms"]
     assert "no: scheduler/scheduler_config.json: _class_name='EDMEulerScheduler'" in rows["edm"]
