@@ -22,6 +22,8 @@ from server.messages import Drawn
 Level = Literal["debug", "info", "warning", "error"]
 ROOTS = ("server", "engine", "cache")
 """Our loggers: each module logs under its own name."""
+UNMATCHED = "unmatched"
+"""The route of a request that none took: no such path, no key, or more than may be read."""
 SCOPE_KEY = "darkroom.record"
 _FIELDS = "darkroom_fields"
 

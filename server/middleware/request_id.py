@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.error_replies import reply_of
 from server.exemplars import REQUEST_ID
 from server.metrics import GatewayMetrics
-from server.request_log import SCOPE_KEY, RequestLog, RequestRecord
+from server.request_log import SCOPE_KEY, UNMATCHED, RequestLog, RequestRecord
 
 if TYPE_CHECKING:
     from server.telemetry.requests import RequestSpan
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _CLIENT_GONE = 499
-UNMATCHED = "unmatched"
-"""The route of a request that none took: no such path, no key, or more than may be read."""
 # What an error is called whose reply was written by a layer that keeps no record.
 _CODES = {
     400: "malformed",

@@ -11,8 +11,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from server.middleware.request_id import UNMATCHED
-from server.request_log import RequestRecord
+from server.request_log import UNMATCHED, RequestRecord
 from server.telemetry.traces import Traces
 
 _W3C = TraceContextTextMapPropagator()
