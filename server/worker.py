@@ -28,8 +28,8 @@ _log = logging.getLogger(__name__)
 REPORT_S = 1.0
 _SWITCH_S = 5e-4
 """How long a thread may keep the interpreter while another waits for it. The step loop asks for it
-after every segment, and with Python's own 5 ms it loses a tenth of its pictures at four steps to
-threads that write files and answer calls (``loadtests.bench_server``: 0.63 against 0.68)."""
+after every segment, and Python's own 5 ms are a fifth of a tick. What it gains is not established:
+see ``loadtests/RESULTS.md``, the server beside its engine."""
 
 
 class Worker:
