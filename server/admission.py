@@ -5,8 +5,10 @@ counted in *steps*, UNet rows at the model's native size, because a request may 
 hundred. What a ticket meets, in this order:
 
 1. *Admission* is all or nothing for the tickets of a request, bounded in steps in all and per
-   tenant. A deadline that the measured rates cannot meet is refused at once, with the time after
-   which it could have been met; one that not even an idle application meets, with that said.
+   tenant, and in the seconds of work before it, by the measured rates. A deadline that these cannot
+   meet is refused at once, with the time after which it could have been met; one that not even an
+   idle application meets, with that said. Whoever named a deadline, or made a job, has said how
+   long he waits, and no other bound in seconds applies.
 2. *The fair queue* (:mod:`server.fair_queue`).
 3. *Placement* (:mod:`server.fleet`): workers hold just enough to be busy, and the rest waits here,
    where it can still be put in order.
@@ -18,17 +20,19 @@ A new instance knows nothing. Reports and heartbeats say within seconds what is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from engine.errors import LimitExceededError, OverloadedError
 from engine.ports import Clock
+from server.bounds import Queued, check_room, check_size, check_wait
 from server.config import AdmissionConfig
-from server.errors import DeadlineTooShortError
+from server.errors import DeadlineTooShortError, NoRoomError
 from server.fair_queue import FairQueue
-from server.fleet import AdmissionPolicy, Fleet
+from server.fleet import AdmissionPolicy, Fleet, Held
+from server.forecast import Forecast
 from server.messages import Load
-from server.routing import Grant, Ticket, WorkerReport
+from server.routing import Grant, LoadTable, Ticket, WorkerReport
 
 
 @dataclass(slots=True)
@@ -70,22 +74,23 @@ class Admission:
         Neither bounds nor deadlines are held against resumed ones: they were admitted before.
 
         Raises:
-            OverloadedError: the queue is full, or busy beyond the deadline; with the seconds until
-                that should have changed.
+            NoRoomError: the queue is full, or busy beyond the bound on the wait or the deadline;
+                with the seconds until that should have changed.
             DeadlineTooShortError: an idle application could not meet the deadline either.
             LimitExceededError: the request alone is larger than the whole queue.
         """
         fresh = [ticket for ticket in tickets if not ticket.resumed]
         if fresh:
-            self._check_bounds(fresh)
+            check_size(fresh, self._config)
+            check_room(fresh, self._queued(fresh[0].tenant), self._config)
         for ticket in tickets:
             self._gateways[ticket.gateway] = self._clock.now_s()
             self._leases.pop(ticket.id, None)
             self._ended.pop(ticket.id, None)
             self._queue.push(ticket)
         try:
-            self._check_deadlines(fresh)
-        except (OverloadedError, DeadlineTooShortError):
+            self._check_times(fresh)
+        except (NoRoomError, DeadlineTooShortError):
             for ticket in tickets:
                 self._queue.remove(ticket.id)
             raise
@@ -155,8 +160,7 @@ class Admission:
         granted: list[Grant] = []
         wanted = {ticket.model for ticket in self._queue}
         blocked: set[str] = set()
-        held = ((it.grant.worker, it.grant.ticket, it.steps_left) for it in self._leases.values())
-        holdings = self._fleet.open_to(held) if wanted else []
+        holdings = self._fleet.open_to(self._held()) if wanted else []
         for ticket in self._queue.in_order():
             if blocked == wanted:
                 break
@@ -220,7 +224,24 @@ class Admission:
             queued_steps=self._queue.steps(),
             running=len(self._leases),
             running_steps=sum(lease.steps_left for lease in self._leases.values()),
-            steps_per_s=sum(rate.steps_per_s for rate in self._fleet.rates()),
+            steps_per_s=self._fleet.steps_per_s(),
+        )
+
+    def table(self) -> LoadTable:
+        """The same in detail."""
+        load = self.load()
+        forecast = self._forecast()
+        waits = {} if self._config.max_wait_s is None else forecast.waits()
+        return LoadTable(
+            queued=load.queued,
+            queued_steps=load.queued_steps,
+            running=load.running,
+            running_steps=load.running_steps,
+            steps_per_s=load.steps_per_s,
+            requests=self._queue.requests(),
+            tenants=self._queue.tenants(),
+            waits=waits,
+            rates=forecast.rates(),
         )
 
     def gateways(self) -> tuple[str, ...]:
@@ -233,64 +254,51 @@ class Admission:
 
     # ------------------------------------------------------------------ bounds and deadlines
 
-    def _check_bounds(self, tickets: Sequence[Ticket]) -> None:
-        asked = sum(ticket.steps for ticket in tickets)
-        tenant = tickets[0].tenant
-        in_all = self._config.max_queued_steps
-        of_tenant = self._config.max_queued_steps_per_tenant or in_all
-        bound = min(in_all, of_tenant)
-        if asked > bound:
-            raise LimitExceededError(
-                f"the request costs {asked:.0f} steps; at most {bound:.0f} may wait", limit=bound
-            )
-        waiting = self._queue.steps()
-        over = max(waiting + asked - in_all, self._queue.steps(tenant) + asked - of_tenant)
-        requests = len({ticket.request_id for ticket in self._queue})
-        if requests >= self._config.max_queued_requests:
-            over = max(over, waiting / requests)
-        if over > 0:
-            raise OverloadedError(
-                "too much is waiting already; try again later",
-                retry_after_s=self._fleet.seconds(over),
-            )
-
-    def _check_deadlines(self, tickets: Sequence[Ticket]) -> None:
-        """Hold each deadline against the work in front of it; all tickets are in the queue."""
-        judged = {t.id: t.deadline_at_s for t in tickets if t.deadline_at_s is not None}
-        if not judged or not len(self._fleet):
-            return  # without a measurement there is nothing to judge by
-        own = {ticket.id for ticket in tickets}
-        now_s = self._clock.now_s()
-        there_s = running_s = sum(
-            self._fleet.seconds(lease.steps_left, lease.grant.ticket.model) or 0.0
-            for lease in self._leases.values()
+    def _queued(self, tenant: str) -> Queued:
+        return Queued(
+            steps=self._queue.steps(),
+            tenant_steps=self._queue.steps(tenant),
+            requests=self._queue.requests(),
+            steps_per_s=self._fleet.steps_per_s(),
         )
-        for ticket in self._queue.in_order():
-            there_s += self._fleet.seconds(ticket.steps, ticket.model) or 0.0
-            if ticket.id not in judged:
-                continue
-            left_s = judged.pop(ticket.id) - now_s
-            tick_s = min((rate.tick_s for rate in self._fleet.rates(ticket.model)), default=0.0)
-            alone_s = ticket.steps / ticket.width * tick_s
+
+    def _check_times(self, tickets: Sequence[Ticket]) -> None:
+        """Hold wait and deadlines against the work before the tickets, which are in the queue."""
+        if not tickets or not len(self._fleet):
+            return  # without a measurement there is nothing to judge by
+        now_s = self._clock.now_s()
+        forecast = self._forecast()
+        for number, (ticket, outlook) in enumerate(forecast.of(tickets)):
+            left_s = math.inf if ticket.deadline_at_s is None else ticket.deadline_at_s - now_s
+            alone_s = ticket.steps / ticket.width * self._fleet.tick_s(ticket.model)
             if alone_s > left_s:
                 raise DeadlineTooShortError(
                     f"the picture takes {alone_s:.2f} s even alone; the deadline leaves"
                     f" {max(0.0, left_s):.2f}: waiting does not help, more time or fewer steps do",
-                    retry_after_s=running_s + self._queued_s(without=own),
+                    retry_after_s=forecast.all_s(without={it.id for it in tickets}),
                 )
-            if there_s > left_s:
-                raise OverloadedError(
-                    f"the picture would take {there_s:.1f} s with the work before it; the deadline"
-                    f" leaves {left_s:.1f}",
-                    retry_after_s=there_s - left_s,
+            if number == 0 and outlook.queued:
+                check_wait(
+                    tickets,
+                    wait_s=outlook.wait_s,
+                    spared_s=sum(forecast.seconds(it.model, it.spared_steps) for it in tickets),
+                    config=self._config,
                 )
-            if not judged:
-                return
+            if outlook.done_s > left_s:
+                raise NoRoomError(
+                    f"the picture would take {outlook.done_s:.1f} s with the work before it; the"
+                    f" deadline leaves {left_s:.1f}",
+                    bound="deadline",
+                    retry_after_s=outlook.done_s - left_s,
+                )
 
-    def _queued_s(self, *, without: Collection[str]) -> float:
-        """How long the workers need for what waits, less the tickets of these ids."""
-        waiting = (ticket for ticket in self._queue if ticket.id not in without)
-        return sum(self._fleet.seconds(it.steps, it.model) or 0.0 for it in waiting)
+    def _forecast(self) -> Forecast:
+        return Forecast(self._fleet, self._held(), self._queue.in_order)
+
+    def _held(self) -> Iterator[Held]:
+        """Everything at work."""
+        for lease in self._leases.values():
+            yield lease.grant.worker, lease.grant.ticket, lease.steps_left
 
     def _lease(self, grant: Grant, steps_left: float) -> None:
         self._leases[grant.ticket.id] = _Lease(grant, steps_left, self._clock.now_s())

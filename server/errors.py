@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from engine import errors as engine_errors
-from engine.errors import DarkroomError
+from engine.errors import DarkroomError, OverloadedError
 
 
 class ServerError(DarkroomError):
@@ -58,6 +58,22 @@ class JobsUnavailableError(ServerError):
 
 class CacheUnavailableError(ServerError):
     """The noise cache's Redis does not answer an operator; pictures are drawn all the same."""
+
+
+Bound = Literal["queue", "tenant", "requests", "wait", "deadline"]
+"""What a request may not pass: steps that wait in all, or of its tenant; requests that wait; the
+seconds before it begins; and its own deadline."""
+
+
+class NoRoomError(OverloadedError):
+    """Admission refuses a request that it would take ``retry_after_s`` seconds from now.
+
+    ``bound`` is the one that the request would pass.
+    """
+
+    def __init__(self, message: str, *, bound: Bound, retry_after_s: float | None) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.bound: Bound = bound
 
 
 class DeadlineTooShortError(ServerError):
@@ -137,6 +153,11 @@ def row_of(error: BaseException) -> Row:
         if isinstance(error, kind):
             return row
     return INTERNAL
+
+
+def refusal_reason(error: BaseException) -> str:
+    """Why admission refused, as metrics count it: the bound, or else the error's code."""
+    return error.bound if isinstance(error, NoRoomError) else row_of(error).code
 
 
 def body_of(error: BaseException) -> dict[str, Any]:

@@ -94,6 +94,14 @@ class FairQueue:
         entries = self._entries.values() if tenant is None else self._tenants.get(tenant, ())
         return sum(ticket.steps for _, _, ticket in entries)
 
+    def tenants(self) -> dict[str, float]:
+        """Steps that wait, of each tenant that has some."""
+        return {tenant: self.steps(tenant) for tenant in self._tenants}
+
+    def requests(self) -> int:
+        """Requests that have something waiting."""
+        return len({ticket.request_id for _, _, ticket in self._entries.values()})
+
     def forgive(self) -> None:
         """Let all tenants start level: for a moment in which the application is idle."""
         if not self._entries:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from engine.ports import Clock
 from server.routing import Rate, Ticket, WorkerReport
@@ -28,6 +29,10 @@ class AdmissionPolicy:
     """A lease that its gateway has not renewed for so long is void."""
     report_s: float = 5.0
     """A worker that has not reported for so long gets nothing new."""
+
+
+Held: TypeAlias = tuple[str, Ticket, float]
+"""(worker, ticket, steps left) of something at work."""
 
 
 @dataclass(slots=True)
@@ -95,16 +100,23 @@ class Fleet:
         known = [rate for report in reports if (rate := report.rates.get(model or ""))]
         return known or [next(iter(report.rates.values())) for report in reports if report.rates]
 
-    def seconds(self, steps: float, model: str | None = None) -> float | None:
-        """How long all workers together need for ``steps``; None while none is known."""
-        rate = sum(rate.steps_per_s for rate in self.rates(model))
-        return steps / rate if rate > 0 else None
+    def steps_per_s(self, model: str | None = None) -> float:
+        """What those workers together do at saturation; 0 while nothing is measured."""
+        return sum(rate.steps_per_s for rate in self.rates(model))
 
-    def open_to(self, held: Iterable[tuple[str, Ticket, float]]) -> list[Holding]:
+    def tick_s(self, model: str) -> float:
+        """Of the quickest of them, with one guided picture; 0 while nothing is measured."""
+        return min((rate.tick_s for rate in self.rates(model)), default=0.0)
+
+    def openers(self, model: str) -> frozenset[str]:
+        """The workers that have ``model`` open."""
+        return frozenset(report.id for report in self.reports() if model in report.rates)
+
+    def open_to(self, held: Iterable[Held]) -> list[Holding]:
         """The workers that may get work.
 
         Args:
-            held: (worker, ticket, steps left) of everything at work.
+            held: everything at work.
         """
         since_s = self._clock.now_s() - self._policy.report_s
         holdings = {

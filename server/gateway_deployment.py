@@ -14,6 +14,7 @@ from server.gateway import create_app
 from server.http_server import HttpServer
 from server.log_pipe import log_to
 from server.messages import Readiness
+from server.metrics import GatewayMetrics
 from server.ray_dispatch import RayDispatcher
 from server.serve_clients import ServeGatewaysClient, ServeRouterClient, ServeWorkersClient
 from server.services import open_services
@@ -42,14 +43,16 @@ class Gateway:
         gateways = await asyncio.to_thread(
             serve.get_deployment_handle, context.deployment, context.app_name
         )
+        metrics = GatewayMetrics()
         self._dispatcher = RayDispatcher(
             config,
             ServeRouterClient(router),
             ServeWorkersClient(workers),
             gateways=ServeGatewaysClient(gateways),
             name=context.replica_tag,
+            refused=lambda reason: metrics.gateway_refusals.labels(reason).inc(),
         )
-        self._services = open_services(config, self._dispatcher)
+        self._services = open_services(config, self._dispatcher, metrics=metrics)
         self._http = HttpServer(create_app(self._services), config.http)
         self._draining: asyncio.Task[None] | None = None
         self._dispatcher.start()

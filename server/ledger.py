@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 
 from engine.ports import Clock
 from server.remote import CALL_TIMEOUT_S, ReplicaLostError, RouterClient
-from server.routing import Grant, Pulse
+from server.routing import Grant, LoadTable, Pulse
 from server.switched import NOTHING, Switched, heed
 
 _log = logging.getLogger(__name__)
@@ -22,10 +23,21 @@ class Ledger:
     A beat goes out every second, and at once when a lease ends, so that its place is free for the
     next; one call is on its way at a time, so that under load one beat ends many. Leases that ended
     while no router answers are told to the next one.
+
+    Args:
+        heard: told of every load table that comes, and when it was asked for.
     """
 
-    def __init__(self, name: str, router: RouterClient, clock: Clock) -> None:
+    def __init__(
+        self,
+        name: str,
+        router: RouterClient,
+        clock: Clock,
+        *,
+        heard: Callable[[LoadTable, float], None] = lambda _table, _asked_at_s: None,
+    ) -> None:
         self.name = name
+        self._heard = heard
         self._router = router
         self._clock = clock
         self._running: dict[str, Grant] = {}
@@ -80,6 +92,7 @@ class Ledger:
         """Tell the router, and hear from it, once; what does not arrive is told the next time."""
         self._due.clear()
         ended = tuple(self._ended)
+        asked_at_s = self._clock.now_s()
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 pulse = await self._router.heartbeat(
@@ -90,6 +103,7 @@ class Ledger:
             return
         self._ended.difference_update(ended)
         self.pulse, self.pulsed_at_s = pulse, self._clock.now_s()
+        self._heard(pulse.load, asked_at_s)
         self.switch(pulse.switched)
         self._pulsed.set()
 

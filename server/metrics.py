@@ -72,6 +72,12 @@ class GatewayMetrics:
             ("reason",),
             registry=self.registry,
         )
+        self.gateway_refusals = Counter(
+            "darkroom_gateway_refusals",
+            "Requests that were not admitted, decided here by what the router had said.",
+            ("reason",),
+            registry=self.registry,
+        )
         self.phase_seconds = Histogram(
             "darkroom_picture_phase_seconds",
             "Time of a picture's phases, as its worker measured them.",

@@ -28,7 +28,7 @@ from engine.errors import (
     OverloadedError,
 )
 from engine.ports import Clock
-from server.errors import WorkerLostError
+from server.errors import NoRoomError, WorkerLostError
 from server.ledger import Ledger
 from server.messages import (
     Checkpointed,
@@ -95,6 +95,7 @@ class Drawing:
         )
         self._jobs: set[asyncio.Task[None]] = set()
         self._held: set[str] = set()
+        self._passed_on: tuple[Ticket, ...] = ()
 
     async def events(self) -> AsyncGenerator[PictureEvent, None]:
         """The events of all tasks; ends when each has its ``Drawn`` or ``Failed``.
@@ -128,6 +129,7 @@ class Drawing:
         for job in self._jobs:
             job.cancel()
         await asyncio.gather(*self._jobs, return_exceptions=True)
+        self._around.refusals.gave_up(self._passed_on)
         for ticket_id in self._held:
             self._around.ledger.end(ticket_id)
 
@@ -139,7 +141,7 @@ class Drawing:
         Raises:
             InvalidRequestError: an unknown model.
             DeadlineExceededError: no worker came in time.
-            OverloadedError: the router has just refused the like.
+            NoRoomError, LimitExceededError: by what the router has said lately, it would refuse.
         """
         try:
             async with asyncio.timeout(self._left_s()):
@@ -148,7 +150,8 @@ class Drawing:
             raise DeadlineExceededError("no worker came up before the deadline") from None
         models = {model.id: model for model in pulse.models}
         tickets = [self._ticket(task, models) for task in self._tasks.values()]
-        self._around.refusals.check(tickets)
+        self._around.refusals.pass_on(tickets)
+        self._passed_on = tuple(tickets)
         return tickets
 
     def _ticket(self, task: PictureTask, models: Mapping[str, ModelInfo]) -> Ticket:
@@ -164,8 +167,9 @@ class Drawing:
         """Admit all tickets, and start each as it is granted."""
         try:
             async for grant in self._grants().of(tickets):
+                self._around.refusals.granted(grant.ticket)
                 self._spawn(partial(self._run, grant), [grant.ticket])
-        except OverloadedError as error:
+        except NoRoomError as error:
             self._around.refusals.note(tickets, error)
             await self._news.put(_Refusal(error))
         except DarkroomError as error:
@@ -173,6 +177,7 @@ class Drawing:
 
     def _grants(self) -> Grants:
         async def late(ticket: Ticket) -> None:
+            self._around.refusals.gave_up([ticket])
             await self._fail(ticket, DeadlineExceededError("the deadline passed in the queue"))
 
         async def placed(place: Place) -> None:

@@ -17,7 +17,7 @@ from engine.ports import Clock
 from server.admission import Admission
 from server.clock import UnixClock
 from server.config import ServeConfig
-from server.errors import row_of
+from server.errors import refusal_reason
 from server.fleet import AdmissionPolicy
 from server.messages import ModelInfo
 from server.router_metrics import RouterMetrics
@@ -121,7 +121,7 @@ class Router:
         try:
             self._admission.admit(tickets)
         except DarkroomError as error:
-            self._metrics.refusals.labels(row_of(error).code).inc()
+            self._metrics.refusals.labels(refusal_reason(error)).inc()
             yield Refused(error)
             return
         stream = _Stream(tickets, watching=watching)
@@ -153,7 +153,7 @@ class Router:
         self._grant()
         return Pulse(
             models=self._published(),
-            load=self._admission.load(),
+            load=self._admission.table(),
             workers=tuple(worker.id for worker in self._admission.workers()),
             gateways=self._admission.gateways(),
             switched=self._switched,

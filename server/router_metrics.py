@@ -33,7 +33,7 @@ class RouterMetrics:
         )
         self.refusals = Counter(
             "darkroom_router_refusals",
-            "Requests that were not admitted.",
+            "Requests that were not admitted, decided by the router.",
             ("reason",),
             registry=self._registry,
         )

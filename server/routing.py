@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from engine.errors import DarkroomError
@@ -24,6 +24,9 @@ class Ticket:
         arrived_at_s: Unix time of its first admission; a resumed ticket keeps it, and its place.
         deadline_at_s: Unix time after which it is worthless.
         resumed: admitted before. Its worker, or the router itself, died since.
+        patient: who waits has said how long: no bound on the wait applies but the deadline.
+        spared_steps: that it does without, of those that were asked for: so much later it may
+            begin.
     """
 
     id: str
@@ -37,6 +40,8 @@ class Ticket:
     priority: int = 0
     deadline_at_s: float | None = None
     resumed: bool = False
+    patient: bool = False
+    spared_steps: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,12 +135,47 @@ class ReportReply:
     switched: Switched = NOTHING
 
 
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """What is before a new request of up to this ``priority``, in seconds of work.
+
+    Attributes:
+        seconds: of all of it, running and waiting.
+        queued_s: of what waits.
+    """
+
+    priority: int
+    seconds: float
+    queued_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadTable(Load):
+    """The load in such detail that a gateway can tell what the router would refuse.
+
+    It says nothing of when it was taken: clocks of two machines differ. The gateway knows that it
+    was after its question went out, and before the answer came.
+
+    Attributes:
+        requests: that wait.
+        tenants: steps that wait, of each tenant that has some.
+        waits: by (model, tenant), where a request of theirs would have to queue: what is before
+            one that comes now, the lowest priority first. Above the last nothing is certain.
+        rates: steps a second of those models.
+    """
+
+    requests: int = 0
+    tenants: Mapping[str, float] = field(default_factory=dict)
+    waits: Mapping[tuple[str, str], tuple[Wait, ...]] = field(default_factory=dict)
+    rates: Mapping[str, float] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pulse:
     """The answer to a gateway's heartbeat: what it may answer without asking again."""
 
     models: tuple[ModelInfo, ...]
-    load: Load
+    load: LoadTable
     workers: tuple[str, ...]
     """The names of those that report."""
     gateways: tuple[str, ...] = ()

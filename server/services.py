@@ -45,14 +45,19 @@ class Services:
             await asyncio.to_thread(self.traces.close)
 
 
-def open_services(config: ServeConfig, dispatcher: Dispatcher) -> Services:
+def open_services(
+    config: ServeConfig, dispatcher: Dispatcher, *, metrics: GatewayMetrics | None = None
+) -> Services:
     """What ``config`` describes, over ``dispatcher``. Nothing is connected yet.
+
+    Args:
+        metrics: where the dispatcher counts already; by default new ones.
 
     Raises:
         InvalidRequestError: keys or Redis are configured wrongly.
         BackendUnavailableError: traces are asked for, and not installed.
     """
-    metrics = GatewayMetrics()
+    metrics = metrics or GatewayMetrics()
     traces = open_traces(config.telemetry, metrics.trace_spans)
     if traces is not None:
         from server.telemetry.drawing import TracedDispatcher  # not without OpenTelemetry

@@ -37,4 +37,6 @@ def ticket_of(
         priority=task.request.priority,
         deadline_at_s=task.deadline_at_s,
         resumed=resumed,
+        patient=task.patient,
+        spared_steps=task.spared_steps,
     )

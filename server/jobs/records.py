@@ -68,6 +68,7 @@ class JobSpec:
                 index=index,
                 output=self.output,
                 deadline_at_s=self.deadline_at_s,
+                patient=True,
                 listening=True,
             )
             for index, seed in enumerate(self.seeds)

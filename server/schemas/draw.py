@@ -95,7 +95,8 @@ class DrawBody(Body):
     """Seconds after which the pictures are worthless. What the measured step times say cannot be
     met is refused at once with 429: `overloaded` where it could be met after `Retry-After` seconds,
     `deadline_too_short` where a picture takes longer even alone; then `Retry-After` is the time in
-    which the queue drains, and more time or fewer steps help."""
+    which the queue drains, and more time or fewer steps help. Without one, a request is refused
+    that would wait longer than the server's `admission.max_wait_s` before it begins."""
     cache: CacheBody | None = None
     """By default off for a request that names its seed, and for others what the server's
     `cache.default` says, which is off unless its operator has set it to approximate."""

@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,10 +15,10 @@ from hypothesis import strategies as st
 from engine.errors import LimitExceededError, OverloadedError
 from server.admission import Admission
 from server.config import AdmissionConfig
-from server.errors import DeadlineTooShortError, retry_after_s, row_of
+from server.errors import DeadlineTooShortError, NoRoomError, retry_after_s, row_of
 from server.fleet import AdmissionPolicy
 from server.messages import ModelInfo
-from server.routing import Grant, Live, Rate, Ticket, WorkerReport
+from server.routing import Grant, Live, Rate, Ticket, Wait, WorkerReport
 from server.switched import NOTHING, Switched
 from tests.fake_clock import FakeClock
 from tests.unit.server.scripted import MODEL
@@ -38,6 +39,8 @@ def ticket(
     priority: int = 0,
     deadline_at_s: float | None = None,
     resumed: bool = False,
+    patient: bool = False,
+    spared_steps: float = 0.0,
     gateway: str = "g",
 ) -> Ticket:
     id = id or f"t{next(_ids)}"
@@ -53,6 +56,8 @@ def ticket(
         priority=priority,
         deadline_at_s=deadline_at_s,
         resumed=resumed,
+        patient=patient,
+        spared_steps=spared_steps,
     )
 
 
@@ -88,7 +93,7 @@ def make(clock: FakeClock) -> Callable[..., Admission]:
         *,
         weights: Mapping[str, float] | None = None,
         policy: AdmissionPolicy | None = None,
-        **keys: float,
+        **keys: float | None,
     ) -> Admission:
         config = AdmissionConfig.model_validate(keys)
         return Admission(config, weights=weights or {}, clock=clock, policy=policy)
@@ -146,6 +151,145 @@ def test_what_was_admitted_before_is_not_refused(make: Callable[..., Admission])
     admission.admit([ticket(100)])
     admission.admit([ticket(100, resumed=True)])
     assert admission.load().queued == 2
+
+
+# ---------------------------------------------------------------- the wait
+
+
+def crowded(admission: Admission, **keys: Any) -> None:
+    """Two seconds of work at work, and two that wait: ``keys`` are of these."""
+    admission.report(report())
+    admission.admit([ticket(200)])
+    assert len(admission.grants()) == 1
+    admission.admit([ticket(200, **keys)])
+
+
+def test_more_work_than_anybody_waits_for_is_refused_until_enough_of_it_is_done(
+    make: Callable[..., Admission],
+) -> None:
+    admission = make(max_wait_s=3)
+    crowded(admission)
+    with pytest.raises(NoRoomError) as refused:
+        admission.admit([ticket(1)])
+    assert refused.value.bound == "wait"
+    assert refused.value.retry_after_s == pytest.approx(2 + 2 - 3)
+    assert admission.load().queued == 1
+    crowd = make(max_wait_s=4)
+    crowded(crowd)
+    crowd.admit([ticket(1)])
+
+
+def test_without_a_bound_on_the_wait_only_steps_count(make: Callable[..., Admission]) -> None:
+    admission = make(max_wait_s=None)
+    crowded(admission)
+    admission.admit([ticket(10_000)])
+    admission.admit([ticket(1)])
+    assert admission.table().waits == {}
+
+
+def test_by_default_it_is_half_a_minute(make: Callable[..., Admission]) -> None:
+    admission = make()
+    crowded(admission)
+    admission.admit([ticket(2700)])
+    with pytest.raises(NoRoomError):
+        admission.admit([ticket(1)])
+
+
+def test_the_next_in_line_is_taken_however_long_what_runs_takes(
+    make: Callable[..., Admission],
+) -> None:
+    admission = make(max_wait_s=1)
+    admission.report(report())
+    admission.admit([ticket(1000, width=16)])
+    admission.grants()
+    admission.admit([ticket(40)])
+    with pytest.raises(NoRoomError):
+        admission.admit([ticket(40)])
+
+
+def test_a_request_is_not_in_its_own_way(make: Callable[..., Admission]) -> None:
+    admission = make(max_wait_s=3)
+    admission.report(report())
+    admission.admit([ticket(100)])
+    admission.admit([ticket(300, request_id="large") for _ in range(5)])
+    with pytest.raises(NoRoomError):
+        admission.admit([ticket(1)])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ticket(1, patient=True),
+        ticket(1, patient=True, deadline_at_s=105),
+        ticket(1, resumed=True),
+        ticket(1, priority=1),
+        ticket(1, tenant="b"),
+        ticket(1, spared_steps=100),
+    ],
+    ids=["a job", "a deadline", "admitted before", "more urgent", "another tenant", "degraded"],
+)
+def test_who_waits_by_another_word_or_does_not_is_taken(
+    make: Callable[..., Admission], other: Ticket
+) -> None:
+    admission = make(max_wait_s=3)
+    crowded(admission)
+    admission.admit([other])
+
+
+def test_a_patient_request_is_held_to_its_deadline(
+    make: Callable[..., Admission], clock: FakeClock
+) -> None:
+    admission = make(max_wait_s=1)
+    crowded(admission)
+    with pytest.raises(NoRoomError) as refused:
+        admission.admit([ticket(100, patient=True, deadline_at_s=clock.now_s() + 4)])
+    assert refused.value.bound == "deadline"
+
+
+@pytest.mark.parametrize("reports", [(), (report(rates={}),)], ids=["no worker", "nothing open"])
+def test_without_measured_rates_no_wait_is_judged(
+    make: Callable[..., Admission], reports: tuple[WorkerReport, ...]
+) -> None:
+    admission = make(max_wait_s=1)
+    for told in reports:
+        admission.report(told)
+    admission.admit([ticket(1000)])
+    admission.admit([ticket(1000)])
+    assert admission.load().queued == 2
+
+
+def test_work_on_other_workers_is_in_nobodys_way(
+    make: Callable[..., Admission], clock: FakeClock
+) -> None:
+    admission = make(max_wait_s=3)
+    admission.report(report("w1", rates={"m": RATE}))
+    admission.report(report("w2", rates={"other": RATE}))
+    admission.admit([ticket(900, model="other"), ticket(10, model="m")])
+    admission.admit([ticket(100, model="m", deadline_at_s=clock.now_s() + 2)])
+    with pytest.raises(NoRoomError):
+        admission.admit([ticket(10, model="other")])
+    admission.admit([ticket(10, model="m")])
+    admission.report(report("w3", rates={"m": RATE, "other": RATE}))  # may have to do both
+    with pytest.raises(NoRoomError):
+        admission.admit([ticket(10, model="m")])
+
+
+def test_the_table_tells_the_wait_of_whoever_comes_next(make: Callable[..., Admission]) -> None:
+    admission = make(max_wait_s=60)
+    admission.report(report())
+    admission.admit([ticket(200)])
+    admission.grants()
+    admission.admit([ticket(100, priority=1), ticket(300, priority=0)])
+    admission.admit([ticket(100, priority=0, tenant="b")])
+    table = admission.table()
+    assert table.rates == {"m": 100.0}
+    assert set(table.waits) == {("m", "a"), ("m", "b")}
+    # b has had nothing so far and goes first.
+    assert table.waits["m", "b"] == (Wait(0, seconds=3.0, queued_s=1.0),)
+    assert table.waits["m", "a"] == (
+        Wait(0, seconds=7.0, queued_s=5.0),
+        Wait(1, seconds=4.0, queued_s=2.0),
+    )
 
 
 # ---------------------------------------------------------------- deadlines

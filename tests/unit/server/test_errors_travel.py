@@ -8,7 +8,12 @@ import pickle
 import pytest
 
 from engine.errors import DarkroomError, InvalidRequestError, LimitExceededError, OverloadedError
-from server.errors import DeadlineTooShortError, RateLimitedError, UnprocessableError
+from server.errors import (
+    DeadlineTooShortError,
+    NoRoomError,
+    RateLimitedError,
+    UnprocessableError,
+)
 
 
 @pytest.mark.parametrize(
@@ -18,6 +23,7 @@ from server.errors import DeadlineTooShortError, RateLimitedError, Unprocessable
         InvalidRequestError("wrong", field="steps"),
         LimitExceededError("too many", field="steps", limit=150),
         OverloadedError("full", retry_after_s=2.5),
+        NoRoomError("full", bound="tenant", retry_after_s=2.5),
         RateLimitedError("slow down", retry_after_s=1.0),
         DeadlineTooShortError("too late", retry_after_s=3.0),
         UnprocessableError("odd size", field="size"),

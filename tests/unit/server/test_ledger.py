@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 import pytest
 
 from server.ledger import Ledger
-from server.messages import Load, ModelInfo
+from server.messages import ModelInfo
 from server.remote import ReplicaLostError
-from server.routing import Grant, Pulse, RouterNews, Ticket
+from server.routing import Grant, LoadTable, Pulse, RouterNews, Ticket
 from server.switched import Switched
 from tests.fake_clock import FakeClock
 from tests.unit.server.test_admission import ticket
@@ -40,14 +40,16 @@ class Listener:
         self.away = False
         self.models: tuple[ModelInfo, ...] = (MODEL,)
         self.heard: list[tuple[list[str], list[str]]] = []
+        self.takes: Callable[[], None] = lambda: None
 
     async def heartbeat(
         self, gateway: str, running: Sequence[Grant], ended: Sequence[str], switched: Switched
     ) -> Pulse:
         if self.away:
             raise ReplicaLostError("away")
+        self.takes()
         self.heard.append(([grant.ticket.id for grant in running], sorted(ended)))
-        return Pulse(models=self.models, load=Load(), workers=("w",))
+        return Pulse(models=self.models, load=LoadTable(queued=len(self.heard)), workers=("w",))
 
     def admit(self, tickets: Sequence[Ticket], watching: bool) -> AsyncGenerator[RouterNews, None]:
         raise NotImplementedError
@@ -110,6 +112,22 @@ def test_the_first_pulse_is_one_that_knows_a_worker() -> None:
         router.models = (MODEL,)
         await ledger.beat()
         assert (await waiting).models == (MODEL,)
+
+    asyncio.run(scenario())
+
+
+def test_the_load_is_passed_on_with_the_time_at_which_it_was_asked_for() -> None:
+    async def scenario() -> None:
+        clock = FakeClock()
+        told: list[tuple[LoadTable, float]] = []
+        router = Listener()
+        router.takes = lambda: clock.tick(0.25)
+        ledger = Ledger("g", router, clock, heard=lambda load, at_s: told.append((load, at_s)))
+        await ledger.beat()
+        router.away = True
+        await ledger.beat()
+        assert told == [(LoadTable(queued=1), 100.0)]
+        assert ledger.pulsed_at_s == 100.25
 
     asyncio.run(scenario())
 

@@ -77,7 +77,7 @@ def test_a_refusal_is_a_value_and_leaves_nothing() -> None:
         assert isinstance(refusal.error, OverloadedError)
         pulse = await router.heartbeat("g", [], [])
         assert pulse.load.queued == 1
-        assert b'reason="overloaded"} 1.0' in router.metrics_text()
+        assert b'reason="queue"} 1.0' in router.metrics_text()
         await waiting.aclose()
 
     asyncio.run(scenario())
