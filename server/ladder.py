@@ -1,8 +1,17 @@
-"""Fewer steps instead of a refusal, for requests that allow it.
+"""Less work instead of a refusal, for requests that allow it.
 
-A request with ``degrade`` that admission refuses, for load or for its deadline, is offered again
-with three quarters, a half and a quarter of its steps. What was drawn then says so in its
-``approximations``.
+A request with ``degrade`` that admission refuses, for load or for its deadline, is offered again:
+
+1. By a checkpoint that is distilled for few steps (its own solver is ``lcm`` or ``tcd``), where the
+   request names another solver: with its own, in a fifth of the steps, at its own guidance.
+2. With three quarters, a half and a quarter of the steps.
+
+What was drawn then says so in its ``approximations``. Where the wait is bounded, a rung may begin
+later by what it spares: its picture comes no later than one with all steps would have.
+
+Not on the ladder, because they would be no way down: a consistency LoRA, while adapters are not
+served; step reuse, which the engine does not have; the noise cache, of which only the worker
+learns, after admission, whether it spares a picture anything.
 """
 
 from __future__ import annotations
@@ -12,11 +21,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 from engine.errors import OverloadedError
+from engine.types import GenerateRequest
 from server.dispatch import Dispatcher
 from server.errors import DeadlineTooShortError
 from server.events import OpenedEvents, opened
-from server.messages import Drawn, Failed
-from server.orders import Order
+from server.messages import Drawn, Failed, ModelInfo, PictureTask
+from server.orders import FEW_STEP_PART, FEW_STEP_SOLVERS, Order
+from server.tickets import steps_of
 
 SHARES = (0.75, 0.5, 0.25)
 MIN_STEPS = 4
@@ -30,15 +41,15 @@ class Admitted:
 
     order: Order
     events: OpenedEvents
-    asked_steps: int
+    dial: str | None = None
+    """What it was degraded to, if it was."""
 
     def named(self, picture: Drawn) -> Drawn:
-        """``picture``, which names the ladder where it was drawn with fewer steps than asked."""
-        steps = self.order.tasks[0].request.steps
-        if steps == self.asked_steps:
+        """``picture``, which names the ladder where it was drawn otherwise than asked for."""
+        if self.dial is None:
             return picture
-        dial = f"{steps} of {self.asked_steps} steps"
-        return replace(picture, approximations={**picture.approximations, APPROXIMATION: dial})
+        approximations = {**picture.approximations, APPROXIMATION: self.dial}
+        return replace(picture, approximations=approximations)
 
     async def pictures(self) -> list[Drawn]:
         """All pictures, in order of their index.
@@ -71,16 +82,22 @@ async def admitted(
         DarkroomError: the refusal of the order as it was asked for.
     """
     refusal: Exception | None = None
-    for rung in _rungs(order) if degrade else (order,):
-        offered = rung if previews is None else rung.with_previews(previews)
+    for rung in _rungs(order) if degrade else (_Rung(order),):
+        offered = rung.order if previews is None else rung.order.with_previews(previews)
         try:
             events = await opened(dispatcher.draw(offered.tasks))
         except (OverloadedError, DeadlineTooShortError) as error:
             refusal = refusal or error
             continue
-        return Admitted(offered, events, order.tasks[0].request.steps)
+        return Admitted(offered, events, rung.dial)
     assert refusal is not None
     raise refusal
+
+
+@dataclass(frozen=True, slots=True)
+class _Rung:
+    order: Order
+    dial: str | None = None
 
 
 @asynccontextmanager
@@ -95,23 +112,54 @@ async def drawing(
         await found.aclose()
 
 
-def _rungs(order: Order) -> Iterator[Order]:
-    yield order
-    request = order.tasks[0].request
-    if request.timesteps is not None:
+def _rungs(order: Order) -> Iterator[_Rung]:
+    """From the dearest, the order itself, to the cheapest."""
+    yield _Rung(order)
+    asked = order.tasks[0].request
+    if asked.timesteps is not None:
         return  # every step was chosen; there is none to leave out
-    last = request.steps
+    few = _in_few_steps(asked, order.model)
+    if few is not None:
+        yield _rung(order, few)
+    best = few or asked
+    last = best.steps
     for share in SHARES:
-        steps = max(min(MIN_STEPS, request.steps), round(request.steps * share))
+        steps = max(min(MIN_STEPS, best.steps), round(best.steps * share))
         if steps < last:
             last = steps
-            yield _with_steps(order, steps)
+            yield _rung(order, replace(best, steps=steps))
 
 
-def _with_steps(order: Order, steps: int) -> Order:
-    """The same order in so many steps, as tasks that nobody has refused yet."""
-    tasks = tuple(
-        replace(task, id=f"{task.id}.{steps}", request=replace(task.request, steps=steps))
-        for task in order.tasks
+def _in_few_steps(asked: GenerateRequest, model: ModelInfo) -> GenerateRequest | None:
+    """The same by the few-step solver that the checkpoint was distilled for; None without one.
+
+    What belongs to the other solver goes with it: its schedule, its eta, and the guidance, which
+    distilled checkpoints bear only about as it was distilled into them.
+    """
+    steps = max(MIN_STEPS, asked.steps // FEW_STEP_PART)
+    solver = model.solver_default
+    distilled = solver in FEW_STEP_SOLVERS and asked.solver not in (None, *FEW_STEP_SOLVERS)
+    if not distilled or steps >= asked.steps:
+        return None
+    return replace(asked, solver=solver, schedule=None, eta=None, guidance=None, steps=steps)
+
+
+def _rung(order: Order, request: GenerateRequest) -> _Rung:
+    """``order`` as ``request`` has it, in tasks that nobody has refused yet."""
+    tasks = tuple(_cheaper(task, request, order.model) for task in order.tasks)
+    return _Rung(replace(order, tasks=tasks), _dial(order.tasks[0].request, request))
+
+
+def _cheaper(task: PictureTask, request: GenerateRequest, model: ModelInfo) -> PictureTask:
+    found = replace(
+        task,
+        id=f"{task.id}.{request.steps}",
+        request=replace(request, seed=task.request.seed),
     )
-    return replace(order, tasks=tasks)
+    return replace(found, spared_steps=steps_of(task, model) - steps_of(found, model))
+
+
+def _dial(asked: GenerateRequest, request: GenerateRequest) -> str:
+    if request.solver == asked.solver:
+        return f"{request.steps} of {asked.steps} steps"
+    return f"{request.steps} {request.solver} steps instead of {asked.steps} {asked.solver} steps"

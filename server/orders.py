@@ -25,7 +25,9 @@ DEFAULT_COMPRESSION = 90
 _SEED_BITS = 32  # what every other tool's seed field takes
 _DEFAULT_STEPS = 20
 _STEPS = {"low": 10, "high": 30, "hd": 30, "xhigh": 40, "max": 50}
-_FEW_STEP_SOLVERS = ("lcm", "tcd")
+FEW_STEP_SOLVERS = ("lcm", "tcd")
+FEW_STEP_PART = 5
+"""They take this part of the steps that others take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +132,7 @@ def order_of(
             index=index,
             output=_output(body),
             deadline_at_s=time.time() + (body.deadline_s or limits.request_timeout_s),
+            patient=body.deadline_s is not None,
         )
         for index in range(count)
     )
@@ -203,8 +206,8 @@ def _request(
 
 def _steps_of(body: DrawBody, model: ModelInfo) -> int:
     steps = _STEPS.get(body.quality or "auto", _DEFAULT_STEPS)
-    few = (body.solver or model.solver_default) in _FEW_STEP_SOLVERS
-    return steps // 5 if few else steps
+    few = (body.solver or model.solver_default) in FEW_STEP_SOLVERS
+    return steps // FEW_STEP_PART if few else steps
 
 
 def _cache(body: DrawBody, config: CacheConfig) -> CacheDirective:

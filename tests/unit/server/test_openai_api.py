@@ -283,6 +283,14 @@ def test_a_failed_picture_fails_the_request(
     assert dispatcher.closed == 1
 
 
+def test_who_names_a_deadline_has_said_how_long_he_waits(
+    client: TestClient, dispatcher: ScriptedDispatcher
+) -> None:
+    generate(client)
+    generate(client, deadline_s=20)
+    assert [task.patient for task in dispatcher.tasks] == [False, True]
+
+
 # ------------------------------------------------------------------------------------- ladder
 
 
