@@ -1,83 +1,135 @@
-"""What an operator may see and do on the Redis of a noise cache: list, look, clear."""
+"""What an operator may see and do on the Redis of a noise cache: look and clear."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import redis
 
 from cache import scripts
+from cache.index import entry_of
 from cache.keys import REGISTRY, Namespace
+from engine.errors import BackendUnavailableError
+from engine.types import CachedState, CacheScope, CacheShare
 
 _LOG_LIMIT_AFTER_CLEAR = 16
-
-
-@dataclass(frozen=True, slots=True)
-class StateReport:
-    """One stored state: its score, uses, charged bytes, kind and level."""
-
-    state: str
-    score: float
-    uses: int
-    size_bytes: int
-    kind: str
-    log_snr: float
-
-
-@dataclass(frozen=True, slots=True)
-class NamespaceReport:
-    """What a namespace holds; ``best`` are its states of the highest scores."""
-
-    namespace: Namespace
-    states: int
-    size_bytes: int
-    best: tuple[StateReport, ...]
+_LOOK_AT_ONCE = 500
+_SCAN_COUNT = 1000
 
 
 class Operator:
     """Looks into the namespaces on a server. The client stays the caller's.
 
-    Every method raises ``redis.RedisError`` where Redis cannot be asked: an operator wants to know.
+    Unlike what requests call, it says when Redis cannot be asked: every method raises
+    ``BackendUnavailableError`` then.
     """
 
     def __init__(self, client: redis.Redis) -> None:
         self._client = client
         self._clear = client.register_script(scripts.CLEAR)
 
-    def namespaces(self) -> list[Namespace]:
+    def shares(self, scope: CacheScope, *, best: int = 0) -> list[CacheShare]:
+        """What is held within ``scope``, the largest share first, each with its ``best`` states."""
+        with _asking():
+            found = [
+                self._share(namespace, size_bytes, states, best)
+                for namespace, size_bytes, states in self._sizes(scope)
+                if states
+            ]
+        return sorted(found, key=lambda share: -share.size_bytes)
+
+    def clear(self, scope: CacheScope) -> list[CacheShare]:
+        """Forget what is held within ``scope``; every worker's index follows."""
+        gone = []
+        with _asking():
+            for namespace in self._namespaces(scope):
+                answer: Any = self._clear(keys=namespace.keys, args=[_LOG_LIMIT_AFTER_CLEAR])
+                entries, states, size_bytes = (int(count) for count in answer)
+                if states:
+                    gone.append(_share(namespace, entries, states, size_bytes))
+        return gone
+
+    # ------------------------------------------------------------------ inside
+
+    def _namespaces(self, scope: CacheScope) -> list[Namespace]:
         """Those that any worker has opened, the most recent first."""
         listed = cast(list[bytes], self._client.zrevrange(REGISTRY, 0, -1))
-        return [Namespace.named(item.decode()) for item in listed]
+        known = (Namespace.named(item.decode()) for item in listed)
+        return [name for name in known if scope.covers(name.tenant, name.checkpoint)]
 
-    def look(self, namespace: Namespace, *, best: int = 0) -> NamespaceReport:
-        """Sizes of a namespace, and its ``best`` states."""
-        pipeline = self._client.pipeline(transaction=False)
-        pipeline.get(namespace.size)
-        pipeline.zcard(namespace.scores)
-        pipeline.zrevrange(namespace.scores, 0, max(best, 1) - 1, withscores=True)
-        size, states, highest = pipeline.execute()
-        return NamespaceReport(
-            namespace, int(states), int(size or 0), self._states(namespace, highest[:best])
+    def _sizes(self, scope: CacheScope) -> Iterator[tuple[Namespace, int, int]]:
+        """(namespace, charged bytes, states) of each, a few hundred in a round trip."""
+        for part in _batches(self._namespaces(scope), _LOOK_AT_ONCE):
+            pipeline = self._client.pipeline(transaction=False)
+            for namespace in part:
+                pipeline.get(namespace.size)
+                pipeline.zcard(namespace.scores)
+            answers = pipeline.execute()
+            for namespace, size, states in zip(part, answers[::2], answers[1::2], strict=True):
+                yield namespace, int(size or 0), int(states)
+
+    def _share(self, namespace: Namespace, size_bytes: int, states: int, best: int) -> CacheShare:
+        scanned = self._client.zscan_iter(namespace.scores, count=_SCAN_COUNT)
+        entries = len({entry_of(state.decode()) for state, _ in scanned})
+        return _share(namespace, entries, states, size_bytes, self._best(namespace, best))
+
+    def _best(self, namespace: Namespace, count: int) -> tuple[CachedState, ...]:
+        if not count:
+            return ()
+        highest = cast(
+            list[tuple[bytes, float]],
+            self._client.zrevrange(namespace.scores, 0, count - 1, withscores=True),
         )
-
-    def clear(self, namespace: Namespace) -> int:
-        """Forget a namespace; every worker's index follows. Says how many states there were."""
-        answer: Any = self._clear(keys=namespace.keys, args=[_LOG_LIMIT_AFTER_CLEAR])
-        return int(answer)
-
-    def _states(
-        self, namespace: Namespace, highest: list[tuple[bytes, float]]
-    ) -> tuple[StateReport, ...]:
         if not highest:
             return ()
         names = [f"m:{state.decode()}" for state, _ in highest]
         told = cast(list[bytes | None], self._client.hmget(namespace.states, names))
-        reports = []
+        found = []
         for (state, score), meta in zip(highest, told, strict=True):
             if meta is not None:  # None: evicted between both commands
                 charge, uses, kind, log_snr = meta.decode().split("|")
-                reports.append(
-                    StateReport(state.decode(), score, int(uses), int(charge), kind, float(log_snr))
+                found.append(
+                    CachedState(
+                        id=state.decode(),
+                        kind=kind,
+                        log_snr=float(log_snr),
+                        uses=int(uses),
+                        size_bytes=int(charge),
+                        score=score,
+                    )
                 )
-        return tuple(reports)
+        return tuple(found)
+
+
+def _share(
+    namespace: Namespace,
+    entries: int,
+    states: int,
+    size_bytes: int,
+    best: tuple[CachedState, ...] = (),
+) -> CacheShare:
+    return CacheShare(
+        tenant=namespace.tenant,
+        checkpoint=namespace.checkpoint,
+        entries=entries,
+        states=states,
+        size_bytes=size_bytes,
+        best=best,
+    )
+
+
+@contextmanager
+def _asking() -> Iterator[None]:
+    try:
+        yield
+    except (redis.RedisError, OSError) as error:
+        # The type only: a message of Redis may quote what was sent to it.
+        raise BackendUnavailableError(
+            f"the noise cache's Redis cannot be asked: {type(error).__name__}"
+        ) from error
+
+
+def _batches(items: Sequence[Namespace], size: int) -> Iterator[Sequence[Namespace]]:
+    return (items[at : at + size] for at in range(0, len(items), size))

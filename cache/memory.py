@@ -30,6 +30,7 @@ from engine.ports import (
     StoredState,
     Wish,
 )
+from engine.types import CachedState, CacheScope, CacheShare
 
 DEFAULT_LIMIT_BYTES = 256 * 2**20
 MAX_NAMESPACES = 1024
@@ -37,6 +38,7 @@ MAX_NAMESPACES = 1024
 
 @dataclass(slots=True)
 class _Held:
+    ref: StateRef
     payload: bytes
     size_bytes: int
     score: float
@@ -129,7 +131,8 @@ class MemoryNoiseCache:
                     uses=0, steps_saved=saved, size_bytes=size, now_s=now_s, floor=space.floor
                 )
                 score = self._policy.stored(facts)
-                space.held[state.id] = _Held(payload, size, score)
+                ref = StateRef(state.id, state.kind, state.log_snr)
+                space.held[state.id] = _Held(ref, payload, size, score)
                 heapq.heappush(space.queue, (score, state.id))
             space.size_bytes += needed
             space.entry_bytes[offer.entry] = charge
@@ -140,7 +143,7 @@ class MemoryNoiseCache:
                 offer.entry,
                 None if offer.embedding is None else compatibility(key, EMBEDDING_NAME),
                 offer.embedding,
-                [StateRef(state.id, state.kind, state.log_snr) for state, _ in offer.states],
+                [space.held[state.id].ref for state, _ in offer.states],
                 claims,
             )
         self._counters.add("stored", len(payloads))
@@ -160,11 +163,22 @@ class MemoryNoiseCache:
                 policy=self._policy.name,
             )
 
-    def clear(self, tenant: str | None = None, *, everything: bool = False) -> int:
-        """Forget a tenant's states (None: the shared ones), or everything."""
+    def shares(self, scope: CacheScope, *, best: int = 0) -> Sequence[CacheShare]:
+        """What is held within ``scope``, the largest share first."""
         with self._lock:
-            gone = [name for name in self._spaces if everything or name.tenant == tenant]
-            return sum(len(self._spaces.pop(name).held) for name in gone)
+            found = [
+                _share(name, space, best)
+                for name, space in self._spaces.items()
+                if space.held and scope.covers(name.tenant, name.checkpoint)
+            ]
+        return sorted(found, key=lambda share: -share.size_bytes)
+
+    def clear(self, scope: CacheScope) -> Sequence[CacheShare]:
+        """Forget what is held within ``scope``."""
+        with self._lock:
+            meant = [n for n in self._spaces if scope.covers(n.tenant, n.checkpoint)]
+            gone = [_share(name, self._spaces.pop(name), 0) for name in meant]
+        return [share for share in gone if share.states]
 
     def close(self) -> None:
         """Nothing to let go of."""
@@ -242,3 +256,25 @@ class MemoryNoiseCache:
         if not space.entry_states[entry]:
             space.size_bytes -= space.entry_bytes.pop(entry)
             del space.entry_states[entry], space.claims[entry]
+
+
+def _share(name: Namespace, space: _Space, best: int) -> CacheShare:
+    highest = heapq.nlargest(best, space.held.values(), key=lambda held: held.score)
+    return CacheShare(
+        tenant=name.tenant,
+        checkpoint=name.checkpoint,
+        entries=len(space.entry_bytes),
+        states=len(space.held),
+        size_bytes=space.size_bytes,
+        best=tuple(
+            CachedState(
+                id=held.ref.id,
+                kind=held.ref.kind.value,
+                log_snr=held.ref.log_snr,
+                uses=held.uses,
+                size_bytes=held.size_bytes,
+                score=held.score,
+            )
+            for held in highest
+        ),
+    )

@@ -41,12 +41,15 @@ from engine.ports import (
     StoredState,
     Wish,
 )
+from engine.types import CacheScope, CacheShare
 
 _log = logging.getLogger(__name__)
 
 MAX_REPLICAS = 64
 """Namespaces whose index this process follows; the one not asked for longest is let go."""
 MAX_REGISTERED = 10_000
+REGISTER_AGAIN_S = 60.0
+"""A server that was flushed or replaced must not hide from operators what it holds since."""
 POLL_S = 0.1
 DEFAULT_TTL_S = 7 * 24 * 3600
 LOG_ENTRY_BYTES = 256
@@ -88,7 +91,7 @@ class RedisNoiseCache:
         self._offer = self._client.register_script(scripts.OFFER)
         self._drop = self._client.register_script(scripts.DROP)
         self._replicas: OrderedDict[Namespace, Replica] = OrderedDict()
-        self._registered: set[Namespace] = set()
+        self._registered_at_s: dict[Namespace, float] = {}
         self._resyncs_before = self._unread_before = 0  # of replicas let go
         self._counters = Counters()
         self._lock = threading.Lock()
@@ -181,15 +184,13 @@ class RedisNoiseCache:
             corrupt=counted.corrupt + unread,
         )
 
-    def clear(self, tenant: str | None = None, *, everything: bool = False) -> int:
-        """Forget a tenant's states (None: the shared ones), or everything, on the server.
+    def shares(self, scope: CacheScope, *, best: int = 0) -> Sequence[CacheShare]:
+        """What the server holds within ``scope``; see :meth:`cache.inspection.Operator.shares`."""
+        return Operator(self._prober).shares(scope, best=best)
 
-        Raises:
-            redis.RedisError: an operator is told that it did not happen.
-        """
-        operator = Operator(self._prober)
-        chosen = [n for n in operator.namespaces() if everything or n.tenant == tenant]
-        return sum(operator.clear(namespace) for namespace in chosen)
+    def clear(self, scope: CacheScope) -> Sequence[CacheShare]:
+        """Forget it on the server; see :meth:`cache.inspection.Operator.clear`."""
+        return Operator(self._prober).clear(scope)
 
     def close(self) -> None:
         """Stop following, and close the connections."""
@@ -222,8 +223,9 @@ class RedisNoiseCache:
             with self._lock:
                 replicas = list(self._replicas.items())
             for namespace, replica in replicas:
+                resyncs = replica.resyncs
                 replica.follow(self._prober)
-                self._register(namespace)
+                self._register(namespace, anew=replica.resyncs > resyncs)
             self._available = True
 
     # ------------------------------------------------------------------ inside
@@ -253,18 +255,19 @@ class RedisNoiseCache:
                     old, gone = self._replicas.popitem(last=False)
                     self._resyncs_before += gone.resyncs
                     self._unread_before += gone.corrupt
-                    self._registered.discard(old)
+                    self._registered_at_s.pop(old, None)
             self._replicas.move_to_end(namespace)
             return replica
 
-    def _register(self, namespace: Namespace) -> None:
-        if namespace in self._registered:
+    def _register(self, namespace: Namespace, *, anew: bool) -> None:
+        now_s = time.time()
+        if not anew and now_s - self._registered_at_s.get(namespace, 0.0) < REGISTER_AGAIN_S:
             return
         pipeline = self._prober.pipeline(transaction=False)
-        pipeline.zadd(REGISTRY, {namespace.name: time.time()})
+        pipeline.zadd(REGISTRY, {namespace.name: now_s})
         pipeline.zremrangebyrank(REGISTRY, 0, -MAX_REGISTERED - 1)
         pipeline.execute()
-        self._registered.add(namespace)
+        self._registered_at_s[namespace] = now_s
 
     def _common(self) -> list[Any]:
         now = "" if self._now_s is None else repr(self._now_s())

@@ -193,9 +193,16 @@ CLEAR = (
     _COMMON
     + """
 -- ARGV: log limit. Forgets the namespace, and tells every index.
-local count = redis.call('ZCARD', scores)
+-- Returns how many entries, states and charged bytes there were.
+local seen, entries = {}, 0
+local held = redis.call('ZRANGE', scores, 0, -1)
+for _, state in ipairs(held) do
+  local entry = entry_of(state)
+  if not seen[entry] then seen[entry], entries = true, entries + 1 end
+end
+local bytes = tonumber(redis.call('GET', size) or '0')
 redis.call('DEL', states, scores, size)
 note(ARGV[1], 'f', '1')
-return count
+return {entries, #held, bytes}
 """
 )

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import InvalidRequestError
+from engine.types import CacheScope, CacheShare
 
 Embedding: TypeAlias = npt.NDArray[np.float32]
 """(dimensions,) float32 of length 1."""
@@ -176,8 +177,8 @@ class CacheStatistics:
 class NoiseCache(Protocol):
     """Keeps states of earlier pictures and finds those of similar prompts. Safe from any thread.
 
-    No method raises for an outage: a cache that cannot be reached finds and stores nothing, and
-    counts it in its statistics.
+    What requests call never raises for an outage: a cache that cannot be reached finds and stores
+    nothing, and counts it in its statistics. What operators call does.
     """
 
     def start(self) -> None:
@@ -208,8 +209,22 @@ class NoiseCache(Protocol):
         """Contents and counters."""
         ...
 
-    def clear(self, tenant: str | None = None, *, everything: bool = False) -> int:
-        """Forget a tenant's states (None: the shared ones), or ``everything``; says how many."""
+    def shares(self, scope: CacheScope, *, best: int = 0) -> Sequence[CacheShare]:
+        """What is held within ``scope``, with up to ``best`` states of each share; no empty ones.
+
+        Raises:
+            BackendUnavailableError: an operator is told that the store cannot be asked.
+        """
+        ...
+
+    def clear(self, scope: CacheScope) -> Sequence[CacheShare]:
+        """Forget what is held within ``scope``; says what that was.
+
+        Pictures that are being drawn may leave states afterwards.
+
+        Raises:
+            BackendUnavailableError: an operator is told that it did not happen, or not to the end.
+        """
         ...
 
     def close(self) -> None:

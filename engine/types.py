@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from engine.errors import InvalidRequestError
 from engine.request import (
     MAX_SEED,
     CacheDirective,
@@ -26,6 +27,9 @@ __all__ = [
     "MAX_SEED",
     "CacheDirective",
     "CacheMode",
+    "CacheScope",
+    "CacheShare",
+    "CachedState",
     "Conditioning",
     "GenerateRequest",
     "Image",
@@ -173,6 +177,68 @@ class Reuse:
     steps_skipped: int = 0
     log_snr: float | None = None
     note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheScope:
+    """Whose states of a noise cache an operator means, and of which weights. Unsaid means all.
+
+    Attributes:
+        tenant: this one's.
+        shared: those that all tenants share by explicit setting.
+        checkpoint: fingerprint of the weights.
+
+    Raises:
+        InvalidRequestError: a tenant's and the shared ones at the same time.
+    """
+
+    tenant: str | None = None
+    shared: bool = False
+    checkpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.shared and self.tenant is not None:
+            raise InvalidRequestError(
+                "either a tenant's states or those that all share, not both", field="tenant"
+            )
+
+    def covers(self, tenant: str | None, checkpoint: str) -> bool:
+        """Whether these states are meant; ``tenant`` is None for the shared ones."""
+        if self.checkpoint not in (None, checkpoint):
+            return False
+        return tenant is None if self.shared else self.tenant in (None, tenant)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedState:
+    """A stored state as an operator sees it: what it is worth to the eviction policy."""
+
+    id: str
+    kind: str
+    log_snr: float
+    uses: int
+    size_bytes: int
+    """Charged."""
+    score: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheShare:
+    """What a noise cache holds of one tenant and one checkpoint: what a byte limit is for.
+
+    Attributes:
+        tenant: None for the states that all tenants share.
+        entries: pictures with at least one state.
+        size_bytes: charged for entries and states.
+        best: states of the highest scores, where asked for.
+    """
+
+    tenant: str | None
+    checkpoint: str
+    entries: int
+    states: int
+    size_bytes: int
+    best: tuple[CachedState, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,7 +29,15 @@ from engine.ports import (
     Wish,
 )
 from engine.reuse_noise import NoiseReuseConfig
-from engine.types import CacheDirective, CacheMode, GenerateRequest, Image, Picture
+from engine.types import (
+    CacheDirective,
+    CacheMode,
+    CacheScope,
+    CacheShare,
+    GenerateRequest,
+    Image,
+    Picture,
+)
 
 _WHATEVER = JumpTable(((-1.0, 0.99),))
 _OFF = CacheDirective(mode=CacheMode.OFF)
@@ -95,11 +103,14 @@ class Shelf:
         """Entries only."""
         return CacheStatistics(backend="shelf", entries=len(self._kept))
 
-    def clear(self, tenant: str | None = None, *, everything: bool = False) -> int:
-        """Forget all."""
-        count = len(self._kept)
+    def shares(self, scope: CacheScope, *, best: int = 0) -> Sequence[CacheShare]:
+        """None: the states of a calibration are nobody's."""
+        return ()
+
+    def clear(self, scope: CacheScope) -> Sequence[CacheShare]:
+        """Forget all, which was nobody's."""
         self._kept.clear()
-        return count
+        return ()
 
     def close(self) -> None:
         """Nothing to let go of."""

@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from cache.calibration import SHARES
 from cache.policy import DEFAULT_HALF_LIFE_S, DEFAULT_POLICY
 from cache.profiles import FILE_NAME, read_profile, write_profile
 from engine.errors import InvalidRequestError
 from engine.ports import ReuseProfile, StateKind
+from server.cache_operator_cli import clear, inspect, stats
 from server.cache_tables import calibration_table
-from server.settings import Settings, served_config
-
-if TYPE_CHECKING:
-    from cache.inspection import Operator
-    from cache.keys import Namespace
+from server.settings import Settings
 
 cache_app = typer.Typer(
     help="The noise cache: what it holds, and what it is worth.", no_args_is_help=True
 )
+cache_app.command()(stats)
+cache_app.command()(inspect)
+cache_app.command()(clear)
 _out = Console()
 
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option("--config", "-c", help="A YAML file; by default what DARKROOM_CONFIG names."),
-]
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="A model's name, or its folder.")]
 EvaluatorOption = Annotated[
     str,
@@ -47,66 +40,6 @@ KINDS = {
     "finished": ReuseProfile(kind=StateKind.CLEAN, fractions=(1.0,)),
 }
 """What can be stored: x itself, clean predictions on the way, or the finished picture."""
-
-
-@cache_app.command()
-def stats(config: ConfigOption = None) -> None:
-    """List every tenant's share of the Redis of the configuration."""
-    with _operator(config) as operator:
-        table = Table("tenant", "checkpoint", "states", "bytes")
-        for namespace in operator.namespaces():
-            report = operator.look(namespace)
-            table.add_row(
-                _who(namespace),
-                namespace.checkpoint[:12],
-                str(report.states),
-                f"{report.size_bytes:,}",
-            )
-        _out.print(table)
-
-
-@cache_app.command()
-def inspect(
-    tenant: Annotated[str | None, typer.Argument(help="Left out: the shared states.")] = None,
-    count: Annotated[int, typer.Option("--count", "-n", min=1, max=1000)] = 20,
-    config: ConfigOption = None,
-) -> None:
-    """Show a tenant's states that are worth the most, by the eviction policy's score."""
-    with _operator(config) as operator:
-        for namespace in operator.namespaces():
-            if namespace.tenant != tenant:
-                continue
-            table = Table("state", "kind", "log-SNR", "uses", "bytes", "score")
-            for state in operator.look(namespace, best=count).best:
-                table.add_row(
-                    state.state,
-                    state.kind,
-                    f"{state.log_snr:.3f}",
-                    str(state.uses),
-                    f"{state.size_bytes:,}",
-                    f"{state.score:.4f}",
-                )
-            _out.print(f"{_who(namespace)}, checkpoint {namespace.checkpoint[:12]}")
-            _out.print(table)
-
-
-@cache_app.command()
-def clear(
-    tenant: Annotated[str | None, typer.Option(help="Whose states.")] = None,
-    shared: Annotated[bool, typer.Option("--shared", help="Those that all share.")] = False,
-    everything: Annotated[bool, typer.Option("--all", help="Everybody's.")] = False,
-    config: ConfigOption = None,
-) -> None:
-    """Forget states in the Redis of the configuration; every worker's index follows."""
-    if sum((tenant is not None, shared, everything)) != 1:
-        raise InvalidRequestError("say whose states: one of --tenant NAME, --shared, --all")
-    with _operator(config) as operator:
-        count = sum(
-            operator.clear(namespace)
-            for namespace in operator.namespaces()
-            if everything or namespace.tenant == tenant
-        )
-    _out.print(f"{count} states forgotten")
 
 
 @cache_app.command()
@@ -278,31 +211,3 @@ def _kind(name: str) -> ReuseProfile:
 def shares_of(profile: ReuseProfile) -> tuple[float, ...]:
     """The jumps to measure: none beyond the last state that is stored."""
     return tuple(share for share in SHARES if share <= max(profile.fractions))
-
-
-@contextmanager
-def _operator(config: Path | None) -> Iterator[Operator]:
-    """The operator of the configured Redis; a server that does not answer is one line."""
-    import redis
-
-    from cache.inspection import Operator
-    from server.redis_settings import redis_settings
-
-    wanted = served_config(config).redis
-    if wanted.url is None:
-        raise InvalidRequestError(
-            "no Redis is configured (redis.url, or DARKROOM_REDIS_URL): each worker keeps its cache"
-            " in memory, which GET /v1/cache shows",
-            field="redis.url",
-        )
-    client = redis_settings(wanted, 5.0).client(5.0)
-    try:
-        yield Operator(client)
-    except redis.RedisError as error:
-        raise InvalidRequestError(f"Redis cannot be asked: {type(error).__name__}") from error
-    finally:
-        client.close()
-
-
-def _who(namespace: Namespace) -> str:
-    return "(shared)" if namespace.tenant is None else namespace.tenant

@@ -9,7 +9,16 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
-from server.messages import Load, ModelChange, ModelInfo, PictureEvent, PictureTask, Readiness
+from server.messages import (
+    CacheAnswer,
+    CacheOrder,
+    Load,
+    ModelChange,
+    ModelInfo,
+    PictureEvent,
+    PictureTask,
+    Readiness,
+)
 from server.request_log import Level
 
 
@@ -49,6 +58,13 @@ class Dispatcher(Protocol):
             InvalidRequestError: no such model, or the default one is to be removed.
             BackendUnavailableError: one worker cannot do it; an addition is undone on the others.
             DarkroomError: no worker can.
+        """
+        ...
+
+    async def ask_caches(self, order: CacheOrder) -> Sequence[CacheAnswer]:
+        """Look into the noise cache of every worker that is up, or clear it there.
+
+        For caches in the workers' memory: one on Redis is asked once, and by whoever wants to know.
         """
         ...
 

@@ -23,6 +23,8 @@ from server.admission import Admission
 from server.config import ServeConfig
 from server.fleet import AdmissionPolicy
 from server.messages import (
+    CacheAnswer,
+    CacheOrder,
     Checkpointed,
     Drawn,
     Failed,
@@ -106,6 +108,11 @@ class LocalDispatcher:
             self._tasks[ticket.id].removed = True
             self._tasks[ticket.id].moved.set()
         return info
+
+    async def ask_caches(self, order: CacheOrder) -> Sequence[CacheAnswer]:
+        """Look into the worker's noise cache, or clear it."""
+        shares = await asyncio.to_thread(self._worker.ask_cache, order)
+        return [CacheAnswer(worker=self._worker.name, shares=shares)]
 
     async def set_log_level(self, level: Level) -> None:
         """Switch it; there is but one process."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from engine.errors import DarkroomError
-from engine.types import GenerateRequest, Reuse, Timings
+from engine.types import CacheScope, CacheShare, GenerateRequest, Reuse, Timings
 from server.config import ModelConfig
 
 PictureFormat = Literal["png", "jpeg", "webp"]
@@ -39,6 +39,8 @@ class PictureTask:
         listening: whether anybody wants ``Stepped`` events; without a listener none are sent.
         traced: whether the finished picture tells its ticks.
         snapshot: where another worker stood with this task; opaque to all but workers.
+        patient: whoever asked has said how long he waits: the deadline is all that bounds it.
+        spared_steps: UNet rows at native size that it does without, of those that were asked for.
     """
 
     id: str
@@ -52,6 +54,8 @@ class PictureTask:
     listening: bool = False
     traced: bool = False
     snapshot: bytes | None = None
+    patient: bool = False
+    spared_steps: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +168,8 @@ class ModelInfo:
     plan_digest: str
     created_s: int
     """Unix time of the plan."""
+    checkpoint: str = ""
+    """Fingerprint of weights and configuration: models that differ in precision only share it."""
     inpainting_only: bool = False
     max_clip_skip: int = 0
     """Layers that every text encoder can do without."""
@@ -199,6 +205,25 @@ class ModelChange:
     """To add: all of it. To reload or remove: the id alone counts."""
     at_s: float = 0.0
     """Unix time of it: of two changes of a model, the later one counts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheOrder:
+    """What an operator wants of the noise caches in the workers' memory."""
+
+    action: Literal["look", "clear"]
+    scope: CacheScope
+    best: int = 0
+    """To look: so many states of each share beside its sums."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheAnswer:
+    """What a worker's own noise cache holds, or held until it was cleared."""
+
+    worker: str
+    shares: tuple[CacheShare, ...] | None
+    """None: it has not answered in time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

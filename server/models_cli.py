@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from engine.errors import BackendUnavailableError, DarkroomError
+from engine.errors import DarkroomError
 from server.describe import describe_solver
-from server.errors import ServerError
+from server.operator_client import LOCAL, KeyOption, call
 from server.settings import Settings
 
 models_app = typer.Typer(
@@ -21,14 +21,9 @@ models_app = typer.Typer(
     invoke_without_command=True,
 )
 _out = Console()
-_COMPILING_S = 3600.0
 
 UrlOption = Annotated[str, typer.Option(help="The server.")]
-KeyOption = Annotated[
-    Path | None, typer.Option(help="A file that holds an operator's key, where keys are needed.")
-]
 Id = Annotated[str, typer.Argument(help="The id that clients ask for.")]
-LOCAL = "http://127.0.0.1:8000"
 
 
 @models_app.callback()
@@ -63,49 +58,23 @@ def add(
 ) -> None:
     """Serve one more model, without dropping a request. The folder is the server's to read."""
     folder = path.absolute()
-    body = {"id": id or folder.name, "path": str(folder)}
+    body: dict[str, str | bool | None] = {"id": id or folder.name, "path": str(folder)}
     body |= {"precision": precision, "backend": backend}
-    _tell(_call("POST", url, "/v1/admin/models", key_file, body))
+    _tell(call("POST", url, "/v1/admin/models", key_file, body=body))
 
 
 @models_app.command("reload")
 def reload_(id: Id, url: UrlOption = LOCAL, key_file: KeyOption = None) -> None:
     """Compile a model's folder as it is now, and draw what is new with that."""
     path = f"/v1/admin/models/{quote(id, safe='')}/reload"
-    _tell(_call("POST", url, path, key_file))
+    _tell(call("POST", url, path, key_file))
 
 
 @models_app.command()
 def remove(id: Id, url: UrlOption = LOCAL, key_file: KeyOption = None) -> None:
     """Stop serving a model that was added, once it has finished what it began."""
-    _call("DELETE", url, f"/v1/admin/models/{quote(id, safe='')}", key_file)
+    call("DELETE", url, f"/v1/admin/models/{quote(id, safe='')}", key_file)
     _out.print(f"{url} no longer serves {id}", highlight=False)
-
-
-def _call(
-    method: str, url: str, path: str, key_file: Path | None, body: dict[str, str] | None = None
-) -> dict[str, Any]:
-    """One call of an operator route.
-
-    Raises:
-        ServerError: the server's own refusal.
-        BackendUnavailableError: nothing answers there.
-    """
-    import httpx  # a part of a second that no other command should cost
-
-    headers = {}
-    if key_file is not None:
-        headers["authorization"] = f"Bearer {key_file.read_text().strip()}"
-    try:
-        # No proxy of the environment's: the key goes to that server and to nobody else.
-        with httpx.Client(trust_env=False, timeout=_COMPILING_S) as client:
-            reply = client.request(method, url.rstrip("/") + path, json=body, headers=headers)
-    except httpx.HTTPError as error:
-        raise BackendUnavailableError(f"{url} does not answer: {error}") from None
-    found: dict[str, Any] = reply.json() if reply.content else {}
-    if reply.is_error:
-        raise ServerError(found["error"]["message"])
-    return found
 
 
 def _tell(model: dict[str, Any]) -> None:

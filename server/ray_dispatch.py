@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 
 from engine.errors import BackendUnavailableError, ClosedError
@@ -18,6 +18,8 @@ from server.config import ServeConfig
 from server.errors import ConflictError
 from server.ledger import Ledger
 from server.messages import (
+    CacheAnswer,
+    CacheOrder,
     Load,
     ModelChange,
     ModelInfo,
@@ -31,6 +33,7 @@ from server.refusals import Refusals
 from server.remote import CALL_TIMEOUT_S, GatewaysClient, RouterClient, WorkersClient
 from server.request_log import Level
 from server.watch import WorkerWatch
+from server.worker_caches import ask_everywhere
 
 _LAST_WORDS_S = 5.0
 """For telling clients what ended their requests, once the time to finish them is over."""
@@ -43,6 +46,7 @@ class RayDispatcher:
     Args:
         gateways: the others, whose metrics are then among :meth:`metrics`.
         name: of this gateway among others, for leases and logs.
+        refused: told the reason of each refusal that is decided here and not by the router.
     """
 
     def __init__(
@@ -54,19 +58,21 @@ class RayDispatcher:
         gateways: GatewaysClient | None = None,
         name: str | None = None,
         clock: Clock | None = None,
+        refused: Callable[[str], None] = lambda _reason: None,
     ) -> None:
         clock = clock or UnixClock()
         name = name or f"gateway-{uuid.uuid4().hex[:8]}"
         self._configured = tuple(model.id for model in config.models)
         self._gateways = gateways
-        self._ledger = Ledger(name, router, clock)
+        refusals = Refusals(config.admission, clock, refused=refused)
+        self._ledger = Ledger(name, router, clock, heard=refusals.heard)
         self._around = Surroundings(
             name=name,
             router=router,
             workers=workers,
             watch=WorkerWatch(workers),
             ledger=self._ledger,
-            refusals=Refusals(clock),
+            refusals=refusals,
             clock=clock,
             timeout_s=config.limits.request_timeout_s,
         )
@@ -127,6 +133,14 @@ class RayDispatcher:
             self._ledger.switch(self._ledger.switched.with_model(change))
             await self._until_published(name, info)
         return info
+
+    async def ask_caches(self, order: CacheOrder) -> Sequence[CacheAnswer]:
+        """Ask every worker that the router knows; see :meth:`Dispatcher.ask_caches`."""
+        await self._ledger.beat()
+        pulse = self._ledger.pulse
+        return await ask_everywhere(
+            self._around.workers, pulse.workers if pulse is not None else (), order
+        )
 
     async def set_log_level(self, level: Level) -> None:
         """Switch it here, and within seconds everywhere."""

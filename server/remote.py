@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
+from engine.types import CacheShare
 from server.errors import WorkerLostError
-from server.messages import ModelChange, ModelInfo, PictureTask, WorkerEvent
+from server.messages import CacheOrder, ModelChange, ModelInfo, PictureTask, WorkerEvent
 from server.routing import Grant, Pulse, RouterNews, Ticket
 from server.switched import Switched
 
@@ -68,6 +69,14 @@ class WorkersClient(Protocol):
         Raises:
             ReplicaLostError: it is gone.
             DarkroomError: it cannot do it.
+        """
+        ...
+
+    async def ask_cache(self, worker: str, order: CacheOrder) -> tuple[CacheShare, ...]:
+        """Look into that worker's own noise cache, or clear it.
+
+        Raises:
+            ReplicaLostError: it is gone.
         """
         ...
 

@@ -12,7 +12,8 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentRes
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from engine.errors import DarkroomError
-from server.messages import ModelChange, ModelInfo, PictureTask, WorkerEvent
+from engine.types import CacheShare
+from server.messages import CacheOrder, ModelChange, ModelInfo, PictureTask, WorkerEvent
 from server.remote import CALL_TIMEOUT_S, ReplicaLostError
 from server.routing import Grant, Pulse, RouterNews, Ticket
 from server.switched import Switched
@@ -123,6 +124,16 @@ class ServeWorkersClient:
                 raise error.cause from None
             raise
         return info
+
+    async def ask_cache(self, worker: str, order: CacheOrder) -> tuple[CacheShare, ...]:
+        """See :class:`server.remote.WorkersClient`."""
+        try:
+            shares: tuple[CacheShare, ...] = await self._calls.ask_cache.remote(
+                order, replica=worker
+            )
+        except _LOST as error:
+            raise ReplicaLostError(f"worker {worker} is gone") from error
+        return shares
 
     async def ping(self, worker: str) -> None:
         """See :class:`server.remote.WorkersClient`."""

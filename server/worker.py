@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from engine.types import CacheShare
 from server.config import ServeConfig
 from server.log_pipe import log_to
-from server.messages import ModelChange, ModelInfo, PictureTask, WorkerEvent
+from server.messages import CacheOrder, ModelChange, ModelInfo, PictureTask, WorkerEvent
 from server.remote import CALL_TIMEOUT_S
 from server.routing import ReportReply
 from server.settings import Settings
@@ -81,6 +82,15 @@ class Worker:
     ) -> ModelInfo | None:
         """Add, reload or remove a model while pictures are drawn."""
         return await asyncio.to_thread(self._core.changes.apply, change)
+
+    async def ask_cache(
+        self,
+        order: CacheOrder,
+        *,
+        replica: str,  # noqa: ARG002
+    ) -> tuple[CacheShare, ...]:
+        """Look into the noise cache of this process, or clear it."""
+        return await asyncio.to_thread(self._core.ask_cache, order)
 
     async def ping(self, *, replica: str) -> None:
         """Asked by gateways that it draws for: whether it can be reached."""

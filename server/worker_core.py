@@ -26,6 +26,7 @@ from engine.loop import LoopConfig, Tick
 from engine.ports import Clock, SystemClock
 from engine.scheduler import LaneId
 from engine.trajectory import LaneKey
+from engine.types import CacheShare
 from server.cache_metrics import CacheCollector
 from server.clock import UnixClock
 from server.config import ServeConfig
@@ -33,13 +34,22 @@ from server.content_check import load_check
 from server.drawing import Drawing, Workshop
 from server.loaded_models import LoadedModels
 from server.mailbox import Mailbox
-from server.messages import Checkpointed, Drawn, Failed, Load, PictureTask, WorkerEvent
+from server.messages import (
+    CacheOrder,
+    Checkpointed,
+    Drawn,
+    Failed,
+    Load,
+    PictureTask,
+    WorkerEvent,
+)
 from server.model_changes import ModelChanges
 from server.noise_cache import noise_cache, reuse_config
 from server.rates import rates_of
 from server.routing import Live, WorkerReport
 from server.settings import Settings
 from server.tickets import steps_of, width_of
+from server.worker_caches import carry_out
 from server.worker_metrics import WorkerMetrics
 from server.worker_models import Progress
 
@@ -186,6 +196,10 @@ class WorkerCore:
             running_steps=sum(live.steps_left for live in report.live),
             steps_per_s=max((rate.steps_per_s for rate in report.rates.values()), default=0.0),
         )
+
+    def ask_cache(self, order: CacheOrder) -> tuple[CacheShare, ...]:
+        """Look into the noise cache here, or clear it."""
+        return carry_out(order, self._cache)
 
     def metrics_text(self) -> bytes:
         """Everything measured here, in Prometheus' text format."""

@@ -109,6 +109,7 @@ def describe(model: ModelConfig, plan: Plan) -> ModelInfo:
         backend=plan.manifest.backend,
         plan_digest=plan.digest,
         created_s=int((plan.folder / MANIFEST).stat().st_mtime),
+        checkpoint=spec.fingerprint,
         inpainting_only=spec.in_channels == 2 * spec.latent.channels + 1,
         max_clip_skip=min(max_clip_skip(text.segment) for text in plan.manifest.text_encoders),
     )

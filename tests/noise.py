@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cache.accounting import entry_bytes, state_bytes
+from cache.codec import encode
 from cache.embedding import DIMENSIONS, unit
 from cache.index import state_id
 from engine.ports import CacheKey, Embedding, Offer, StateKind, StoredState
@@ -58,3 +60,11 @@ def offer(
         for i, (level, steps) in enumerate(zip(levels, saved, strict=True))
     )
     return Offer(entry, prompt(number) if embedding is None else embedding, claim, states)
+
+
+def charged_bytes(offered: Offer) -> int:
+    """What an offer is charged, whichever store takes it."""
+    exclusive = any(state.kind is StateKind.NOISY for state, _ in offered.states)
+    return entry_bytes(offered.embedding, exclusive=exclusive) + sum(
+        state_bytes(encode(state)) for state, _ in offered.states
+    )

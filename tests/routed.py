@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import TypeVar
 
+from engine.types import CacheShare
 from server.config import ServeConfig
-from server.messages import ModelChange, ModelInfo, PictureTask, WorkerEvent
+from server.messages import CacheOrder, ModelChange, ModelInfo, PictureTask, WorkerEvent
 from server.ray_dispatch import RayDispatcher
 from server.remote import ReplicaLostError
 from server.router import Router
@@ -143,6 +144,10 @@ class WorkerProcesses:
         await self._wires[worker].send()
         return await asyncio.to_thread(self.workers[worker].changes.apply, change)
 
+    async def ask_cache(self, worker: str, order: CacheOrder) -> tuple[CacheShare, ...]:
+        await self._wires[worker].send()
+        return await asyncio.to_thread(self.workers[worker].ask_cache, order)
+
     async def ping(self, worker: str) -> None:
         await self._wires[worker].send()
 
@@ -165,7 +170,11 @@ class WorkerProcesses:
 
 @asynccontextmanager
 async def routed(
-    config: ServeConfig, settings: Settings, *, workers: int = 1
+    config: ServeConfig,
+    settings: Settings,
+    *,
+    workers: int = 1,
+    refused: Callable[[str], None] = lambda _reason: None,
 ) -> AsyncIterator[tuple[RayDispatcher, RouterProcess, WorkerProcesses]]:
     """A gateway's dispatcher over a router and open workers."""
     cores = [WorkerCore(config, settings, name=f"worker-{i}") for i in range(workers)]
@@ -173,7 +182,7 @@ async def routed(
         await asyncio.to_thread(core.open)
     router = RouterProcess(config)
     processes = WorkerProcesses(router, cores)
-    dispatcher = RayDispatcher(config, router, processes, name="gateway-0")
+    dispatcher = RayDispatcher(config, router, processes, name="gateway-0", refused=refused)
     dispatcher.start()
     try:
         while not (await dispatcher.readiness()).ready:

@@ -12,7 +12,16 @@ from opentelemetry.trace import Span, StatusCode
 
 from server.dispatch import Dispatcher
 from server.errors import row_of
-from server.messages import Load, ModelChange, ModelInfo, PictureEvent, PictureTask, Readiness
+from server.messages import (
+    CacheAnswer,
+    CacheOrder,
+    Load,
+    ModelChange,
+    ModelInfo,
+    PictureEvent,
+    PictureTask,
+    Readiness,
+)
 from server.request_log import Level
 from server.telemetry.attributes import named, of_request
 from server.telemetry.pictures import PictureSpan
@@ -94,6 +103,10 @@ class TracedDispatcher:
     async def change_model(self, change: ModelChange) -> ModelInfo | None:
         """Add, reload or remove a model; see :meth:`Dispatcher.change_model`."""
         return await self._inner.change_model(change)
+
+    async def ask_caches(self, order: CacheOrder) -> Sequence[CacheAnswer]:
+        """See :meth:`Dispatcher.ask_caches`."""
+        return await self._inner.ask_caches(order)
 
     async def set_log_level(self, level: Level) -> None:
         """See :meth:`Dispatcher.set_log_level`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -13,8 +13,10 @@ from cache.connection import RedisSettings
 from cache.memory import MemoryNoiseCache
 from cache.policy import POLICIES, EvictionPolicy, policy_named
 from cache.redis import RedisNoiseCache
+from engine.errors import BackendUnavailableError
 from engine.ports import CacheKey, NoiseCache, StateKind, Wish
-from tests.noise import key, latent, offer, prompt
+from engine.types import CacheScope, CacheShare
+from tests.noise import charged_bytes, key, latent, offer, prompt
 from tests.redis_server import RedisServer
 
 ROOMY_BYTES = 2**20
@@ -320,23 +322,133 @@ def test_both_stores_evict_the_same(name: str, server: RedisServer) -> None:
     assert len(kept[0]) >= 6
 
 
-# ---------------------------------------------------------------------- clearing
+# ---------------------------------------------------------------------- operators
 
 
-def test_clearing_a_tenant_leaves_the_others(store: Store) -> None:
+def states_by_share(shares: Sequence[CacheShare]) -> dict[tuple[str | None, str], int]:
+    return {(share.tenant, share.checkpoint): share.states for share in shares}
+
+
+@pytest.fixture
+def filled(store: Store) -> NoiseCache:
+    """Three owners' states: two of one checkpoint, and ada's of another, where she has most."""
     cache = store.open()
     for tenant in ("ada", "bob", None):
         cache.offer(key(tenant), offer(1))
+    for number in (2, 3):
+        cache.offer(key("ada", checkpoint="other"), offer(number, levels=(-1.0,), saved=(4,)))
     store.settle(cache)
-    assert cache.clear("ada") == 2
+    return cache
+
+
+def test_operators_see_what_each_tenant_holds_of_each_checkpoint(filled: NoiseCache) -> None:
+    shares = filled.shares(CacheScope())
+    assert states_by_share(shares) == {
+        ("ada", "weights"): 2,
+        ("bob", "weights"): 2,
+        (None, "weights"): 2,
+        ("ada", "other"): 2,
+    }
+    entries = {(s.tenant, s.checkpoint): (s.entries, s.size_bytes) for s in shares}
+    single = charged_bytes(offer(2, levels=(-1.0,), saved=(4,)))
+    assert entries["ada", "other"] == (2, 2 * single)
+    assert entries["bob", "weights"] == (1, charged_bytes(offer(1)))
+    assert shares[0].checkpoint == "other"  # the largest first
+    total = filled.statistics()
+    assert sum(share.states for share in shares) == total.states
+    assert sum(share.entries for share in shares) == total.entries
+    assert sum(share.size_bytes for share in shares) == total.size_bytes
+
+
+def test_the_best_states_are_those_that_would_go_last(store: Store) -> None:
+    cache = store.open()
+    put(store, cache, 1, 2)
+    for _ in range(3):
+        cache.fetch(key(), [Wish("e2.0", 9)])
+    (share,) = cache.shares(CacheScope(), best=2)
+    first, second = share.best
+    assert (first.id, first.kind, first.log_snr, first.uses) == ("e2.0", "clean", -2.0, 3)
+    assert 2 * first.size_bytes == charged_bytes(offer(2)) - ENTRY_BYTES
+    assert first.score > second.score
+    (share,) = cache.shares(CacheScope(), best=0)
+    assert share.best == ()
+
+
+@pytest.mark.parametrize(
+    ("scope", "gone"),
+    [
+        (CacheScope(tenant="ada"), {("ada", "weights"), ("ada", "other")}),
+        (CacheScope(tenant="ada", checkpoint="other"), {("ada", "other")}),
+        (
+            CacheScope(checkpoint="weights"),
+            {("ada", "weights"), ("bob", "weights"), (None, "weights")},
+        ),
+        (CacheScope(shared=True), {(None, "weights")}),
+        (CacheScope(shared=True, checkpoint="other"), set()),
+        (CacheScope(tenant="nobody"), set()),
+        (
+            CacheScope(),
+            {("ada", "weights"), ("bob", "weights"), (None, "weights"), ("ada", "other")},
+        ),
+    ],
+)
+def test_clearing_forgets_what_was_meant_and_says_what_that_was(
+    store: Store, filled: NoiseCache, scope: CacheScope, gone: set[tuple[str | None, str]]
+) -> None:
+    before = filled.shares(CacheScope())
+    meant = {name: states for name, states in states_by_share(before).items() if name in gone}
+    assert states_by_share(filled.shares(scope)) == meant
+    cleared = filled.clear(scope)
+    assert states_by_share(cleared) == meant
+    sizes = {(s.tenant, s.checkpoint): (s.entries, s.size_bytes) for s in before}
+    assert all(sizes[s.tenant, s.checkpoint] == (s.entries, s.size_bytes) for s in cleared)
+    store.settle(filled)
+    left = {name: n for name, n in states_by_share(before).items() if name not in gone}
+    assert states_by_share(filled.shares(CacheScope())) == left
+    assert filled.statistics().states == sum(left.values())
+    for tenant in ("ada", "bob", None):
+        expected = [] if (tenant, "weights") in gone else ["e1"]
+        assert nearest(filled, key(tenant), 1) == expected
+    assert filled.clear(scope) == []
+
+
+def test_what_was_cleared_is_stored_again(store: Store, filled: NoiseCache) -> None:
+    filled.clear(CacheScope())
+    store.settle(filled)
+    put(store, filled, 1)
+    assert nearest(filled, key(), 1) == ["e1"]
+    assert states_by_share(filled.shares(CacheScope())) == {("ada", "weights"): 2}
+
+
+# ---------------------------------------------------------------------- of Redis alone
+
+
+def test_operators_are_told_when_redis_cannot_be_asked(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    with RedisServer(tmp_path_factory.mktemp("lost")) as server:
+        cache = RedisNoiseCache(RedisSettings(url=server.url))
+        cache.sync()
+        server.kill()
+        for ask in (cache.shares, cache.clear):
+            with pytest.raises(BackendUnavailableError, match="cannot be asked"):
+                ask(CacheScope())
+        cache.close()
+
+
+@pytest.mark.parametrize("stored_before", [True, False])
+def test_a_flushed_server_hides_nothing_from_operators(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch, stored_before: bool
+) -> None:
+    monkeypatch.setattr("cache.redis.REGISTER_AGAIN_S", 60.0 if stored_before else 0.0)
+    flush(server)
+    store = Store(server.url)
+    cache = store.open()
+    nearest(cache, key(), 1)  # asked for: from now on this namespace is followed
+    if stored_before:
+        put(store, cache, 1)
     store.settle(cache)
-    assert nearest(cache, key("ada"), 1) == []
-    assert nearest(cache, key("bob"), 1) == ["e1"]
-    assert cache.clear(None) == 2
-    store.settle(cache)
-    assert nearest(cache, key(None), 1) == []
-    assert cache.clear(everything=True) == 2
-    store.settle(cache)
-    assert cache.statistics().states == 0
-    put(store, cache, 1)
-    assert nearest(cache, key(), 1) == ["e1"]
+    flush(server)
+    put(store, cache, 2)
+    assert states_by_share(cache.shares(CacheScope())) == {("ada", "weights"): 2}
+    store.close()

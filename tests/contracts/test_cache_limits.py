@@ -18,6 +18,7 @@ from cache.memory import MemoryNoiseCache
 from cache.policy import POLICIES, policy_named
 from cache.redis import RedisNoiseCache
 from engine.ports import NoiseCache, Offer, StateKind, StoredState, Wish
+from engine.types import CacheScope
 from tests.noise import SHAPE, key, offer, prompt
 from tests.redis_server import RedisServer
 
@@ -181,6 +182,6 @@ def test_tenants_never_share_a_state(
                 cache.sync()
             found_here = cache.nearest(key(tenant), prompt(number), claim="", limit=8)
             assert {candidate.states[0].id for candidate in found_here} <= held[tenant]
-        elif cache.clear(tenant):
+        elif cache.clear(CacheScope(tenant=tenant, shared=tenant is None)):
             held[tenant].clear()
     cache.close()

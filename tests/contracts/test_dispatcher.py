@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,20 @@ from engine.errors import (
     OverloadedError,
 )
 from engine.png import read_parameters
+from engine.types import CacheDirective, CacheMode, CacheScope, CacheShare
 from server.config import ServeConfig
 from server.dispatch import Dispatcher
 from server.errors import DeadlineTooShortError
-from server.messages import Drawn, Failed, Output, PictureEvent, Queued, Started, Stepped
+from server.messages import (
+    CacheOrder,
+    Drawn,
+    Failed,
+    Output,
+    PictureEvent,
+    Queued,
+    Started,
+    Stepped,
+)
 from server.settings import Settings
 from tests.serving import MODEL, a_task, collect, pixels, settings_for, tiny_config
 
@@ -301,5 +312,45 @@ def test_closing_drains(darkroom: Darkroom) -> None:
                 assert (await dispatcher.readiness()).draining
                 assert len(drawn([event async for event in events])) == 1
             await closing
+
+    asyncio.run(scenario())
+
+
+def test_the_workers_caches_are_looked_into_and_cleared(darkroom: Darkroom) -> None:
+    def order(action: Any, **scope: Any) -> CacheOrder:
+        return CacheOrder(action=action, scope=CacheScope(**scope), best=1)
+
+    async def held(dispatcher: Dispatcher, states: int) -> tuple[CacheShare, ...]:
+        """What the one worker holds once it is ``states`` in all: no picture waits for writes."""
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                [answer] = await dispatcher.ask_caches(order("look"))
+                assert answer.shares is not None
+                if sum(share.states for share in answer.shares) == states:
+                    return answer.shares
+                await asyncio.sleep(0.01)
+
+    async def scenario() -> None:
+        async with darkroom() as dispatcher:
+            exact = CacheDirective(mode=CacheMode.EXACT)
+            tasks = [
+                replace(a_task(index=i, seed=i, cache=exact), tenant=tenant)
+                for i, tenant in enumerate(("ada", "ada", "bob"))
+            ]
+            await collect(dispatcher.draw(tasks))
+            shares = await held(dispatcher, states=3)
+            [info] = await dispatcher.models()
+            assert {share.tenant: share.states for share in shares} == {"ada": 2, "bob": 1}
+            assert {share.checkpoint for share in shares} == {info.checkpoint}
+            assert all(len(share.best) == 1 for share in shares)
+            [nothing] = await dispatcher.ask_caches(order("clear", checkpoint="other"))
+            assert nothing.shares == ()
+            [answer] = await dispatcher.ask_caches(
+                order("clear", tenant="ada", checkpoint=info.checkpoint)
+            )
+            [cleared] = answer.shares or ()
+            assert (cleared.tenant, cleared.entries, cleared.states) == ("ada", 2, 2)
+            [left] = await held(dispatcher, states=1)
+            assert left.tenant == "bob"
 
     asyncio.run(scenario())

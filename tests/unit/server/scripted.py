@@ -11,11 +11,14 @@ from pathlib import Path
 from PIL import Image as Pillow
 
 from engine.errors import CheckpointError, DarkroomError
+from engine.ports import NoiseCache
 from engine.types import Timings
 from server import request_log
 from server.config import ServeConfig
 from server.dispatch import Dispatcher
 from server.messages import (
+    CacheAnswer,
+    CacheOrder,
     Drawn,
     Failed,
     Load,
@@ -30,6 +33,7 @@ from server.messages import (
 )
 from server.request_log import Level
 from server.services import Services, open_services
+from server.worker_caches import carry_out
 
 MODEL = ModelInfo(
     id="tintype",
@@ -46,6 +50,7 @@ MODEL = ModelInfo(
     backend="onnxruntime",
     plan_digest="d" * 64,
     created_s=1_700_000_000,
+    checkpoint="c" * 64,
     max_clip_skip=3,
 )
 TIMINGS = Timings(queue_s=0.001, encode_s=0.002, denoise_s=0.3, decode_s=0.04)
@@ -66,6 +71,7 @@ class ScriptedDispatcher:
         offered: the steps of everything that it was asked to draw.
         tasks: what it did not refuse.
         hangs_after: how many pictures it finishes before it waits for ever.
+        caches: the noise caches of its workers by name; None: the worker is silent.
         closed: how many generators have been closed.
     """
 
@@ -77,6 +83,7 @@ class ScriptedDispatcher:
     hangs_after: int | None = None
     ready: Readiness = field(default_factory=lambda: Readiness(ready=True, workers=1))
     pages: Sequence[tuple[str, bytes]] = ()
+    caches: dict[str, NoiseCache | None] = field(default_factory=dict)
     added: list[ModelInfo] = field(default_factory=list)
     tasks: list[PictureTask] = field(default_factory=list)
     started: asyncio.Event = field(default_factory=asyncio.Event)
@@ -158,6 +165,12 @@ class ScriptedDispatcher:
             self.added = [model for model in self.added if model.id != name]
             return None
         return next(model for model in (MODEL, *self.added) if model.id == name)
+
+    async def ask_caches(self, order: CacheOrder) -> Sequence[CacheAnswer]:
+        return [
+            CacheAnswer(worker=name, shares=None if cache is None else carry_out(order, cache))
+            for name, cache in self.caches.items()
+        ]
 
     async def set_log_level(self, level: Level) -> None:
         request_log.set_level(level)

@@ -9,9 +9,10 @@ from typing import Any, cast
 import pytest
 
 from engine.errors import BackendUnavailableError, CheckpointError, InvalidRequestError
+from engine.types import CacheShare
 from server.config import ModelConfig
 from server.errors import ConflictError
-from server.messages import ModelChange, ModelInfo, PictureTask, WorkerEvent
+from server.messages import CacheOrder, ModelChange, ModelInfo, PictureTask, WorkerEvent
 from server.model_changes import TRY_AGAIN_S, ModelChanges
 from server.model_rollout import change_everywhere
 from server.remote import ReplicaLostError
@@ -83,6 +84,9 @@ class AllWorkers:
         return self.of[worker].changes.apply(change)
 
     def draw(self, worker: str, task: PictureTask) -> AsyncGenerator[WorkerEvent, None]:
+        raise NotImplementedError
+
+    async def ask_cache(self, worker: str, order: CacheOrder) -> tuple[CacheShare, ...]:
         raise NotImplementedError
 
     async def ping(self, worker: str) -> None:

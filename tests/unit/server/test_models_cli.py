@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -15,11 +12,10 @@ from engine.errors import BackendUnavailableError
 from loadtests.server_processes import free_port
 from server.auth import new_key
 from server.cli import app
-from server.config import AuthConfig, HttpConfig, ServeConfig, TenantConfig
+from server.config import AuthConfig, ServeConfig, TenantConfig
 from server.errors import ServerError
-from server.gateway import create_app
-from server.http_server import HttpServer
-from tests.unit.server.scripted import ScriptedDispatcher, services_of
+from tests.unit.server.scripted import ScriptedDispatcher
+from tests.unit.server.served import served
 
 KEY = new_key()
 runner = CliRunner()
@@ -28,24 +24,8 @@ runner = CliRunner()
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     tenant = TenantConfig(id="ops", key_hashes=(KEY.hash,), operator=True)
-    http = HttpConfig(port=free_port())
-    config = ServeConfig(http=http, auth=AuthConfig(tenants=(tenant,)))
-    started: Future[None] = Future()
-    stop = threading.Event()
-
-    async def serve() -> None:
-        server = HttpServer(create_app(services_of(ScriptedDispatcher(), config)), http)
-        await server.start()
-        started.set_result(None)
-        await asyncio.to_thread(stop.wait)
-        await server.stop(0.0)
-
-    thread = threading.Thread(target=lambda: asyncio.run(serve()))
-    thread.start()
-    started.result(60)
-    yield f"http://{http.host}:{http.port}"
-    stop.set()
-    thread.join(60)
+    with served(ScriptedDispatcher(), ServeConfig(auth=AuthConfig(tenants=(tenant,)))) as listening:
+        yield listening
 
 
 def test_models_are_added_reloaded_and_removed(url: str, tmp_path: Path) -> None:

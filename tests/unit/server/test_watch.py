@@ -7,7 +7,8 @@ from collections.abc import AsyncGenerator, Sequence
 
 import pytest
 
-from server.messages import ModelChange, ModelInfo, PictureTask, WorkerEvent
+from engine.types import CacheShare
+from server.messages import CacheOrder, ModelChange, ModelInfo, PictureTask, WorkerEvent
 from server.remote import ReplicaLostError
 from server.watch import MISSES, WorkerWatch
 
@@ -31,6 +32,9 @@ class Pinged:
         raise NotImplementedError
 
     async def change_model(self, worker: str, change: ModelChange) -> ModelInfo | None:
+        raise NotImplementedError
+
+    async def ask_cache(self, worker: str, order: CacheOrder) -> tuple[CacheShare, ...]:
         raise NotImplementedError
 
     async def metrics(self, workers: Sequence[str]) -> Sequence[tuple[str, bytes]]:
