@@ -170,6 +170,12 @@ class ModelInfo:
     """Unix time of the plan."""
     checkpoint: str = ""
     """Fingerprint of weights and configuration: models that differ in precision only share it."""
+    scheduler_class: str = ""
+    """Of Diffusers, as the checkpoint names it."""
+    scheduler_stand_in: str | None = None
+    """``LMSDiscrete as dpmpp_2m`` where another solver draws what names none, as replies say it."""
+    scheduler_note: str = ""
+    """How close that solver comes, or what of the class is served."""
     inpainting_only: bool = False
     max_clip_skip: int = 0
     """Layers that every text encoder can do without."""

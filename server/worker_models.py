@@ -110,6 +110,9 @@ def describe(model: ModelConfig, plan: Plan) -> ModelInfo:
         plan_digest=plan.digest,
         created_s=int((plan.folder / MANIFEST).stat().st_mtime),
         checkpoint=spec.fingerprint,
+        scheduler_class=defaults.scheduler_class,
+        scheduler_stand_in=defaults.substitution,
+        scheduler_note=defaults.note,
         inpainting_only=spec.in_channels == 2 * spec.latent.channels + 1,
         max_clip_skip=min(max_clip_skip(text.segment) for text in plan.manifest.text_encoders),
     )

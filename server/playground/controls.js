@@ -141,7 +141,7 @@ export class Controls {
     const names = this.#solvers.includes(model.solver_default)
       ? this.#solvers
       : [model.solver_default, ...this.#solvers];
-    element("solver").replaceChildren(...names.map((name) => new Option(name, name)));
+    element("solver").replaceChildren(...names.map((name) => new Option(label(name, model), name)));
     element("solver").value = model.solver_default;
     const few = FEW_STEP_SOLVERS.includes(model.solver_default);
     element("steps").value = few ? FEW_STEPS : DEFAULT_STEPS;
@@ -167,6 +167,12 @@ const FIELDS = {
 };
 
 const range = (count) => Array.from({ length: count }, (_, i) => i + 1);
+
+/** A solver's name; a default that stands in for the checkpoint's own scheduler says for which. */
+function label(solver, model) {
+  const standsIn = model.scheduler_stand_in !== null && solver === model.solver_default;
+  return standsIn ? `${solver}, in place of ${model.scheduler_class}` : solver;
+}
 
 function chip(text) {
   const button = document.createElement("button");

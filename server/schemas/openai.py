@@ -35,7 +35,9 @@ class GenerationBody(DrawBody):
     """Accepted without effect: say it in the prompt."""
     degrade: bool = False
     """Where the request would be refused for load, or because its deadline cannot be met, draw with
-    three quarters, a half or a quarter of its steps instead; `approximations` then says so."""
+    three quarters, a half or a quarter of its steps instead; a model that is distilled for few
+    steps, and asked for another solver than its own, with its own in a fifth of the steps.
+    `approximations` then says so."""
     stream: bool | None = None
     """Answer with server-sent events instead of one reply."""
     partial_images: Annotated[int | None, Field(ge=0, le=100, examples=[2])] = None
@@ -102,8 +104,19 @@ class ModelDetails(Reply):
     guidance_default: float
     guidable: bool
     """Whether guidance costs a second UNet row; distilled models have it built in."""
-    solver_default: str
+    solver_default: Annotated[str, Field(examples=["dpmpp_2m"])]
+    """What draws a request that names no solver."""
     schedule_default: str
+    scheduler_class: Annotated[str, Field(examples=["LMSDiscreteScheduler"])]
+    """The Diffusers scheduler that the checkpoint names."""
+    scheduler_stand_in: Annotated[str | None, Field(examples=["LMSDiscrete as dpmpp_2m"])]
+    """Where `solver_default` is not that scheduler's own solver but the nearest that is served:
+    which for which, in the words of the reply's `approximations.scheduler`. A request that names a
+    solver gets exactly that one. null: drawn as the class itself would."""
+    scheduler_note: Annotated[
+        str, Field(examples=["another linear multistep solver, stabler at few steps"])
+    ]
+    """How the stand-in differs, or what of the class is served; may be empty."""
     precision: str
     backend: str
     plan_digest: str

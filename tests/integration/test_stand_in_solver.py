@@ -18,7 +18,10 @@ from engine.engine import Engine
 from engine.model import Model
 from engine.runtime import open_runtime
 from engine.types import GenerateRequest
+from server.api.models import reply_of
 from server.cli import app
+from server.config import ModelConfig
+from server.worker_models import describe
 
 SUBSTITUTION = "LMSDiscrete as dpmpp_2m"
 
@@ -52,6 +55,12 @@ def test_the_reply_names_the_solver_that_stood_in_unless_it_was_asked_for(
     assert plain.solver == named.solver == "dpmpp_2m"
     assert plain.approximations == {"scheduler": SUBSTITUTION}
     assert named.approximations == {}
+    # Whoever lists the models reads the same before drawing.
+    listed = reply_of(describe(ModelConfig(id="lms"), plan), aliases=(), default=True).darkroom
+    assert listed.scheduler_stand_in == SUBSTITUTION
+    assert listed.scheduler_class == "LMSDiscreteScheduler"
+    assert listed.scheduler_note.startswith("another linear multistep solver")
+    assert listed.solver_default == plain.solver
 
 
 def test_the_command_names_it_and_refuses_what_has_no_substitute(

@@ -50,6 +50,7 @@ MODEL = ModelInfo(
     backend="onnxruntime",
     plan_digest="d" * 64,
     created_s=1_700_000_000,
+    scheduler_class="DPMSolverMultistepScheduler",
     checkpoint="c" * 64,
     max_clip_skip=3,
 )

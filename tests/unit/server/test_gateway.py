@@ -6,6 +6,7 @@ import io
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from server.gateway import create_app
 from server.messages import Readiness
 from server.metrics_page import families_of
 from server.request_log import configure_logging
-from tests.unit.server.scripted import ScriptedDispatcher, services_of
+from tests.unit.server.scripted import MODEL, ScriptedDispatcher, services_of
 
 USER, OPERATOR = new_key(), new_key()
 LOCKED = ServeConfig(
@@ -77,10 +78,28 @@ def test_models_are_listed_and_found_by_alias() -> None:
     (listed,) = client.get("/v1/models").json()["data"]
     assert (listed["id"], listed["object"], listed["owned_by"]) == ("tintype", "model", "darkroom")
     assert listed["darkroom"]["aliases"] == ["gpt-image-1"]
+    assert listed["darkroom"]["scheduler_stand_in"] is None
     assert client.get("/v1/models/gpt-image-1").json() == listed
     missing = client.get("/v1/models/none")
     assert missing.status_code == 404
     assert missing.json()["error"]["param"] == "model"
+
+
+def test_a_model_tells_which_solver_stands_in_for_its_own_scheduler() -> None:
+    nearest = replace(
+        MODEL,
+        id="lms",
+        scheduler_class="LMSDiscreteScheduler",
+        scheduler_stand_in="LMSDiscrete as dpmpp_2m",
+        scheduler_note="another linear multistep solver",
+    )
+    client = client_of(ScriptedDispatcher(added=[nearest]))
+    told = client.get("/v1/models/lms").json()["darkroom"]
+    assert {name: told[name] for name in told if name.startswith("scheduler_")} == {
+        "scheduler_class": "LMSDiscreteScheduler",
+        "scheduler_stand_in": "LMSDiscrete as dpmpp_2m",
+        "scheduler_note": "another linear multistep solver",
+    }
 
 
 def test_models_come_and_go_while_it_runs() -> None:
