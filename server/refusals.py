@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from engine.errors import LimitExceededError
 from engine.ports import Clock
 from server.bounds import Queued, check_room, check_size, check_wait
 from server.config import AdmissionConfig
@@ -146,7 +147,7 @@ class Refusals:
                 check_size(fresh, self._config)
                 self._check_table(fresh)
                 self._check_last(fresh)
-            except Exception as error:
+            except (LimitExceededError, NoRoomError) as error:
                 self._refused(refusal_reason(error))
                 raise
         for ticket in fresh:
