@@ -11,41 +11,15 @@ import ipaddress
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from cache.policy import DEFAULT_HALF_LIFE_S
+from engine.errors import InvalidRequestError
 from engine.types import Limits
+from server.model_config import ModelConfig as ModelConfig
+from server.model_config import Name as Name
+from server.model_config import Positive, Section
 from server.telemetry.config import TelemetryConfig
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-"""Models, tenants and adapters are ids, never paths."""
-Positive = Annotated[float, Field(gt=0)]
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, and nothing unknown."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ModelConfig(Section):
-    """One model to serve."""
-
-    id: Name
-    path: Path | None = None
-    """A folder in Diffusers layout; by default the folder of that name in the models folder."""
-    precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
-    backend: Literal["onnxruntime", "torch", "tensorrt"] = "onnxruntime"
-    aliases: tuple[Name, ...] = ()
-    """Other ids under which clients may ask for it (``dall-e-2``, ``gpt-image-1``, …)."""
-    int8_min_snr_db: Annotated[float, Field(ge=0, le=100)] | None = None
-    """The dial of int8 (``darkroom compile --min-snr-db``); by default 30."""
-
-    @model_validator(mode="after")
-    def _dial_has_int8(self) -> ModelConfig:
-        if self.int8_min_snr_db is not None and self.precision != "int8":
-            raise ValueError(f"int8_min_snr_db goes with precision int8, not {self.precision}")
-        return self
 
 
 class HttpConfig(Section):
@@ -137,12 +111,17 @@ class WorkersConfig(Section):
 
 
 class AdmissionConfig(Section):
-    """The queue: bounded in steps (UNet rows at native size), in all and per tenant."""
+    """The queue: bounded in steps (UNet rows at native size), and in the seconds they take."""
 
     max_queued_steps: Positive = 20_000
     max_queued_steps_per_tenant: Positive | None = None
     """By default as many as in all."""
     max_queued_requests: Annotated[int, Field(ge=1)] = 1000
+    max_wait_s: Positive | None = 30.0
+    """Of work before a request, by the measured rates, from which on it is refused; None bounds
+    only the steps. With 30 s, wait and drawing mostly fit into the minute after which proxies and
+    clients give up. It binds nobody who has said how long he waits, by a deadline or by making a
+    job, and never the next in line."""
     aging_s: Positive = 30.0
     """A waiting request gains one level of priority for every so many seconds."""
 
@@ -277,6 +256,13 @@ class ServeConfig(Section):
         names = [name for model in self.models for name in (model.id, *model.aliases)]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"models: {twice[0]!r} names two of them")
+        for model in self.models:
+            try:
+                model.runtime(self.workers.device)
+            except InvalidRequestError as error:
+                raise ValueError(
+                    f"models.{model.id}: {error} (workers.device is {self.workers.device})"
+                ) from None
         if self.http.gateways > 1 and self.redis.url is None:
             raise ValueError(
                 f"http.gateways is {self.http.gateways}: they share jobs in Redis, and redis.url is"

@@ -97,6 +97,8 @@ def _onnxruntime() -> Finding:
     ]
     detail = f"{onnxruntime.__version__}: {', '.join(providers)}"
     advice = "" if "CUDA" in providers else "for GPUs: pip install onnxruntime-gpu in its place"
+    if "Tensorrt" in providers:
+        advice = "provider: tensorrt (of a model; --provider) prefers it on device cuda"
     return Finding("onnxruntime", "ok", detail, advice)
 
 
@@ -106,7 +108,8 @@ def _cuda() -> Finding:
     if not torch.cuda.is_available():
         return Finding("cuda", "absent", "no usable GPU", "install a CUDA build of torch")
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return Finding("cuda", "ok", ", ".join(names))
+    advice = "DARKROOM_DEVICE=cuda draws there (workers.device, generate --device)"
+    return Finding("cuda", "ok", ", ".join(names), advice)
 
 
 def _tensorrt(flavour: Flavour) -> Finding:

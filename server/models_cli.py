@@ -14,6 +14,7 @@ from rich.table import Table
 from engine.errors import DarkroomError
 from server.describe import describe_solver
 from server.operator_client import LOCAL, KeyOption, call
+from server.runtime_options import CompileOption, CudaGraphsOption, ProviderOption
 from server.settings import Settings
 
 models_app = typer.Typer(
@@ -53,6 +54,9 @@ def add(
     id: Annotated[str | None, typer.Option(help="By default the folder's name.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, fp16, bf16 or int8.")] = "fp32",
     backend: Annotated[str, typer.Option(help="onnxruntime, torch or tensorrt.")] = "onnxruntime",
+    compile: CompileOption = None,
+    cuda_graphs: CudaGraphsOption = None,
+    provider: ProviderOption = None,
     url: UrlOption = LOCAL,
     key_file: KeyOption = None,
 ) -> None:
@@ -60,6 +64,7 @@ def add(
     folder = path.absolute()
     body: dict[str, str | bool | None] = {"id": id or folder.name, "path": str(folder)}
     body |= {"precision": precision, "backend": backend}
+    body |= {"compile": compile, "cuda_graphs": cuda_graphs, "provider": provider}
     _tell(call("POST", url, "/v1/admin/models", key_file, body=body))
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from server.config import ModelConfig, ServeConfig
+from server.config_file import checked_config
 from server.lifecycle import Application, check_port
 from server.precompile import Compiled, precompile
+from server.runtime_options import CompileOption, CudaGraphsOption, ProviderOption
 from server.settings import served_config
 from server.telemetry.opening import check_installed
 
@@ -33,6 +35,10 @@ def serve(
     backend: Annotated[
         str | None, typer.Option(help="Of that model: onnxruntime, torch or tensorrt.")
     ] = None,
+    compile: CompileOption = None,
+    cuda_graphs: CudaGraphsOption = None,
+    provider: ProviderOption = None,
+    device: Annotated[str | None, typer.Option(help="Of the workers: cpu or cuda.")] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes.")] = None,
     address: Annotated[
         str | None, typer.Option(help="A Ray cluster to run on; by default one of its own, here.")
@@ -40,8 +46,21 @@ def serve(
 ) -> None:
     """Serve pictures over HTTP until SIGTERM or Ctrl-C; what is in flight then is finished."""
     began_s = time.monotonic()
-    flags = {"http.host": host, "http.port": port, "workers.replicas": workers}
-    served = with_model(served_config(config, flags=flags), model, precision, backend)
+    flags = {
+        "http.host": host,
+        "http.port": port,
+        "workers.replicas": workers,
+        "workers.device": device,
+    }
+    served = with_model(
+        served_config(config, flags=flags),
+        model,
+        precision=precision,
+        backend=backend,
+        compile=compile,
+        cuda_graphs=cuda_graphs,
+        provider=provider,
+    )
     if address is None:
         check_port(served.http)  # on a cluster, gateways listen elsewhere
         check_installed(served.telemetry)
@@ -62,12 +81,17 @@ def serve(
     _err.print("ended")
 
 
-def with_model(
-    config: ServeConfig, model: str | None, precision: str | None, backend: str | None
-) -> ServeConfig:
-    """The configuration with one model alone, or with the first one's precision or backend."""
+def with_model(config: ServeConfig, model: str | None, **given: str | bool | None) -> ServeConfig:
+    """The configuration with one model alone, or with keys of the first one replaced.
+
+    Args:
+        given: by key of a model; None was not given.
+
+    Raises:
+        InvalidRequestError: they do not go together.
+    """
+    given = {key: value for key, value in given.items() if value is not None}
     chosen = config.models[0]
-    given: dict[str, Any] = {"precision": precision, "backend": backend}
     if model is not None:
         folder = Path(model)
         if (folder / "model_index.json").is_file():
@@ -75,12 +99,11 @@ def with_model(
         else:
             named = [known for known in config.models if known.id == model]
             chosen = named[0] if named else ModelConfig(id=model)
-    elif precision is None and backend is None:
+    elif not given:
         return config
-    keys = chosen.model_dump() | {key: value for key, value in given.items() if value is not None}
     others = () if model is not None else config.models[1:]
-    models = [keys, *(other.model_dump() for other in others)]
-    return ServeConfig.model_validate(config.model_dump() | {"models": models})
+    models = [chosen.model_dump() | given, *(other.model_dump() for other in others)]
+    return checked_config(config.model_dump() | {"models": models})
 
 
 def _compile(config: ServeConfig) -> list[Compiled]:

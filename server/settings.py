@@ -20,6 +20,7 @@ CONFIG_KEYS: Mapping[str, str] = {
     "DARKROOM_PUBLIC_URL": "http.public_url",
     "DARKROOM_REDIS_URL": "redis.url",
     "DARKROOM_REPLICAS": "workers.replicas",
+    "DARKROOM_DEVICE": "workers.device",
     "DARKROOM_LOG_LEVEL": "logging.level",
     "DARKROOM_LOG_FORMAT": "logging.format",
     # OpenTelemetry's own names, under which every service of a platform is told.
@@ -51,6 +52,9 @@ class Settings:
     """CPU threads of the graphs (``DARKROOM_THREADS``); the cores that this process may use."""
     plans_max_bytes: int = _PLANS_MAX_GB * GIGABYTE
     """What plans may take on the disk (``DARKROOM_PLANS_MAX_GB``); least recently used ones go."""
+    device: str | None = None
+    """Where pictures are drawn without a server (``DARKROOM_DEVICE``); None: as the backend has
+    it."""
     config: Path | None = None
     """The configuration file of ``darkroom serve`` (``DARKROOM_CONFIG``)."""
 
@@ -81,6 +85,7 @@ class Settings:
             threads=_positive(given, "DARKROOM_THREADS", default=usable_cores()),
             plans_max_bytes=GIGABYTE
             * _positive(given, "DARKROOM_PLANS_MAX_GB", default=_PLANS_MAX_GB),
+            device=given.get("DARKROOM_DEVICE") or None,
             config=Path(config).absolute() if config else None,
         )
 

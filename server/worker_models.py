@@ -15,7 +15,8 @@ from engine.compile.plan import Plan, PlanStore
 from engine.compile.plan_files import MANIFEST
 from engine.errors import InvalidRequestError
 from engine.model import Model
-from engine.runtime import Runtime, open_runtime
+from engine.runtime import Runtime
+from engine.runtime.choices import RuntimeChoices
 from engine.solvers import from_scheduler_config
 from engine.text import max_clip_skip
 from server.config import ModelConfig, ServeConfig
@@ -27,7 +28,7 @@ Progress = Callable[[str, str, int, int], None]
 
 
 class ModelHost:
-    """Builds or opens the plans of configured models, on one runtime for each backend.
+    """Builds or opens the plans of configured models, on one runtime for all that run alike.
 
     Safe from any thread; :meth:`close` closes the runtimes, after their models.
     """
@@ -37,16 +38,19 @@ class ModelHost:
         self._threads = config.workers.threads_of(settings.threads)
         self._models_folder = settings.models
         self._store = PlanStore(settings.plans, max_bytes=settings.plans_max_bytes)
-        self._runtimes: dict[str, Runtime] = {}
+        self._wanted: dict[str, RuntimeChoices] = {}
+        """By plan."""
+        self._runtimes: dict[RuntimeChoices, Runtime] = {}
         self._lock = threading.Lock()
 
     def plan(self, model: ModelConfig, progress: Progress | None = None) -> Plan:
         """The plan of a model, built where it is not there. A folder is read as it is now.
 
         Raises:
-            InvalidRequestError: there is no such folder.
+            InvalidRequestError: there is no such folder, or it cannot run as it is configured.
             CheckpointError, UnsupportedError, PlanError: it cannot be compiled; says why.
         """
+        wanted = model.runtime(self._device)
         folder = model.path or self._models_folder / model.id
         if not (folder / "model_index.json").is_file():
             raise InvalidRequestError(
@@ -60,15 +64,20 @@ class ModelHost:
         choices = PlanChoices(
             backend=model.backend, precision=model.precision, min_snr_db=model.int8_min_snr_db
         )
-        return choices.build(self._store, Checkpoint.open(folder), tell)
+        plan = choices.build(self._store, Checkpoint.open(folder), tell)
+        with self._lock:
+            self._wanted[plan.digest] = wanted
+        return plan
 
     def open(self, plan: Plan) -> Model:
-        """Open every graph of a plan.
+        """Open every graph of a plan that came from :meth:`plan`, to run as was configured there.
 
         Raises:
             PlanCorruptError, BackendUnavailableError: see :meth:`engine.runtime.Runtime.open`.
         """
-        return Model.open(plan, self._runtime(plan.manifest.backend))
+        with self._lock:
+            wanted = self._wanted[plan.digest]
+        return Model.open(plan, self._runtime(wanted))
 
     def close(self) -> None:
         """Close the runtimes. Closing twice is harmless."""
@@ -77,17 +86,15 @@ class ModelHost:
                 runtime.close()
             self._runtimes.clear()
 
-    def _runtime(self, backend: str) -> Runtime:
+    def _runtime(self, wanted: RuntimeChoices) -> Runtime:
         with self._lock:
-            if backend not in self._runtimes:
-                if backend != "torch":
+            if wanted not in self._runtimes:
+                if wanted.backend != "torch":
                     # Torch only gathers and scatters beside the graphs: threads of its own would
                     # take the cores from theirs.
                     torch.set_num_threads(1)
-                self._runtimes[backend] = open_runtime(
-                    backend, device=self._device, threads=self._threads
-                )
-            return self._runtimes[backend]
+                self._runtimes[wanted] = wanted.open(threads=self._threads)
+            return self._runtimes[wanted]
 
 
 def describe(model: ModelConfig, plan: Plan) -> ModelInfo:

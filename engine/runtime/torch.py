@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -20,6 +21,10 @@ from engine.compile.manifest import PlanManifest, SegmentSpec
 from engine.errors import BackendUnavailableError, CheckpointError, ExecutionError, PlanCorruptError
 from engine.runtime.base import COMMON_ROWS, Graph, Runtime, failure
 
+_log = logging.getLogger(__name__)
+
+_CAPTURING = threading.Lock()
+"""Captures of one process share a stream: one at a time."""
 _MAX_CAPTURES = 16
 """CUDA graphs kept for one segment; each holds the memory of its inputs."""
 
@@ -36,7 +41,8 @@ class TorchRuntime(Runtime):
         threads: of the whole process, on CPU; None leaves them alone. With more than one, graphs
             run on a thread of the runtime's own, one at a time: see :class:`_Crew`.
         compile: compile each segment with inductor for each shape (a minute or more each).
-        cuda_graphs: record each segment for each shape, and replay the recording.
+        cuda_graphs: record each segment for each shape, and replay the recording; what cannot be
+            recorded runs without, with a warning in the log.
 
     Raises:
         BackendUnavailableError: torch has no such device here.
@@ -92,7 +98,7 @@ class TorchRuntime(Runtime):
         if self._compile:
             function = torch.compile(module, dynamic=False, mode="max-autotune-no-cudagraphs")
         if self._cuda_graphs:
-            function = _Recorded(function)
+            function = _Recorded(segment.name, function)
         function = partial(_without_gradients, function)
         return TorchGraph(segment, function if self._crew is None else self._crew.hand(function))
 
@@ -193,27 +199,48 @@ def _place(module: nn.Module, device: torch.device) -> None:
 
 
 class _Recorded:
-    """A function on CUDA tensors, recorded once for each set of shapes and then replayed."""
+    """A function on CUDA tensors, recorded once for each set of shapes and then replayed.
 
-    def __init__(self, function: _Function) -> None:
+    A segment that cannot be recorded runs as it is from then on, with a warning in the log.
+    """
+
+    def __init__(self, segment: str, function: _Function) -> None:
+        self._segment = segment
         self._function = function
+        self._recordable = True
         self._recordings: OrderedDict[object, _Recording] = OrderedDict()
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         key = tuple((name, tensor.shape) for name, tensor in sorted(feeds.items()))
+        if key not in self._recordings and self._recordable:
+            self._record(key, feeds)
         if key not in self._recordings:
-            self._recordings[key] = _Recording(self._function, feeds)
-            if len(self._recordings) > _MAX_CAPTURES:
-                self._recordings.popitem(last=False)
+            return self._function(feeds)
         self._recordings.move_to_end(key)
         return self._recordings[key].replay(feeds)
 
+    def _record(self, key: object, feeds: Mapping[str, Tensor]) -> None:
+        recording = _Recording(self._function, feeds)
+        try:
+            recording.capture()
+        except torch.OutOfMemoryError:
+            raise  # a smaller batch may fit
+        except RuntimeError as error:
+            _log.warning("%s cannot be recorded: %s", self._segment, error)
+            self._recordable = False
+            return
+        self._recordings[key] = recording
+        if len(self._recordings) > _MAX_CAPTURES:
+            self._recordings.popitem(last=False)
+
 
 class _Recording:
-    """One CUDA graph with the tensors that it reads and writes."""
+    """One CUDA graph with the tensors that it reads and writes. Runs the function a few times."""
 
     def __init__(self, function: _Function, feeds: Mapping[str, Tensor]) -> None:
+        self._function = function
         self._inputs = {name: tensor.clone() for name, tensor in feeds.items()}
+        self._outputs: dict[str, Tensor] = {}
         # Libraries choose kernels and allocate workspaces on first use, which must not be recorded.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -222,8 +249,16 @@ class _Recording:
                 function(self._inputs)
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._outputs = function(self._inputs)
+
+    def capture(self) -> None:
+        """Record one run.
+
+        Raises:
+            RuntimeError: something in it cannot be recorded, or does not fit into the memory.
+        """
+        # thread_local: another thread may allocate meanwhile, as the decoder's does.
+        with _CAPTURING, torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._outputs = self._function(self._inputs)
 
     def replay(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies go in, so that the caller's tensors may move; and out, so that they stay."""

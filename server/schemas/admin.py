@@ -28,6 +28,12 @@ class NewModel(Body):
     in the models folder."""
     precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
     backend: Literal["onnxruntime", "torch", "tensorrt"] = "onnxruntime"
+    compile: bool | None = None
+    """With `torch`: compile with inductor, a minute or more for each shape. By default off."""
+    cuda_graphs: bool | None = None
+    """With `torch` or `tensorrt` on CUDA: record each shape and replay it. By default on there."""
+    provider: Literal["cpu", "cuda", "tensorrt"] | None = None
+    """With `onnxruntime`: its execution provider, by default the device's own."""
 
     def config(self) -> ModelConfig:
         """The same as the configuration file would say it."""
@@ -36,4 +42,7 @@ class NewModel(Body):
             path=None if self.path is None else Path(self.path),
             precision=self.precision,
             backend=self.backend,
+            compile=self.compile,
+            cuda_graphs=self.cuda_graphs,
+            provider=self.provider,
         )

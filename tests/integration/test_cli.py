@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 
 from engine.compile.plan import Plan
 from engine.png import read_parameters
+from engine.runtime import Runtime, choices, open_runtime
 from server.cli import main
 
 
@@ -138,3 +140,42 @@ def test_a_mistake_is_one_line_and_exit_status_2(
     assert status == 2
     assert said in " ".join(err.split())
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--device", "mps"), "allowed: cpu, cuda, cuda:N"),
+        (("--backend", "torch", "--cuda-graphs"), "cuda_graphs needs device cuda"),
+        (("--provider", "tensorrt"), "allowed on cpu: cpu"),
+        (("--compile",), "compile goes with backend torch"),
+        (("--backend", "tensorrt", "--device", "cpu"), "on cpu run onnxruntime and torch"),
+    ],
+)
+def test_generate_refuses_what_does_not_go_together_before_any_work(
+    darkroom: Command, tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
+    out = tmp_path / "out.png"
+    status, _, errors = darkroom("generate", "a cat", "-m", "nowhere", "-o", str(out), *words)
+    assert status == 2
+    assert said in errors
+
+
+def test_generate_runs_where_and_how_it_is_told(
+    darkroom: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
+    really = open_runtime
+
+    def opened(name: str, **config: Any) -> Runtime:
+        asked.append((name, config))
+        return really("onnxruntime", threads=1)
+
+    monkeypatch.setattr(choices, "open_runtime", opened)
+    words = ["generate", "a cat", "-m", "tiny-text", "-o", str(tmp_path / "out.png")]
+    assert darkroom(*words, "--steps", "1", "--device", "cpu")[0] == 0
+    monkeypatch.setenv("DARKROOM_DEVICE", "cuda:1")
+    assert darkroom(*words, "--steps", "1", "--provider", "tensorrt")[0] == 0
+    here = {"device": "cpu", "threads": 1, "tensorrt": False}
+    there = {"device": "cuda:1", "threads": 1, "tensorrt": True}
+    assert asked == [("onnxruntime", here), ("onnxruntime", there)]

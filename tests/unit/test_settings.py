@@ -15,6 +15,8 @@ def test_defaults_need_nothing(tmp_path: Path) -> None:
     assert settings.home == tmp_path / "darkroom"
     assert settings.plans == tmp_path / "darkroom" / "plans"
     assert settings.threads == usable_cores() >= 1
+    assert settings.device is None
+    assert Settings.from_environment({"DARKROOM_DEVICE": "cuda:1"}).device == "cuda:1"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from engine.errors import ExecutionError
 from engine.runtime import Graph
-from engine.runtime.torch import TorchRuntime
+from engine.runtime.torch import TorchRuntime, _Recorded
 from tests.graphs import segment
 
 MANIFEST = cast(Any, SimpleNamespace(backend="torch"))
@@ -88,3 +89,108 @@ def test_networks_are_split_where_they_run(
     runtime.open(Path("nowhere"), MANIFEST, segment("mid", {"x": "float32"}, ["y"]))
     runtime.close()
     assert loaded_on == [expected or threading.current_thread().name]
+
+
+class FakeGraphs:
+    """CUDA graphs without CUDA: what is captured runs at once, a replay says that it was one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.capturing = 0
+        self.most = 0
+        self.modes: list[str] = []
+        self.replays = 0
+        stream = SimpleNamespace(wait_stream=lambda _: None)
+        for name, value in {
+            "Stream": lambda: stream,
+            "current_stream": lambda: stream,
+            "stream": lambda _: nullcontext(),
+            "CUDAGraph": lambda: SimpleNamespace(replay=self._replay),
+            "graph": self._capture,
+        }.items():
+            monkeypatch.setattr(f"torch.cuda.{name}", value)
+
+    @contextmanager
+    def _capture(self, _graph: object, *, capture_error_mode: str) -> Iterator[None]:
+        self.modes.append(capture_error_mode)
+        self.capturing += 1
+        self.most = max(self.most, self.capturing)
+        try:
+            yield
+        finally:
+            self.capturing -= 1
+
+    def _replay(self) -> None:
+        self.replays += 1
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> FakeGraphs:
+    return FakeGraphs(monkeypatch)
+
+
+def double(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {"y": 2 * feeds["x"]}
+
+
+def test_recordings_are_made_one_at_a_time_and_leave_other_threads_alone(
+    graphs: FakeGraphs,
+) -> None:
+    together = threading.Barrier(2)
+
+    def record() -> None:
+        recorded = _Recorded("mid", double)
+        together.wait(60)
+        for rows in range(1, 15):
+            recorded({"x": torch.ones(rows)})
+
+    threads = [threading.Thread(target=record) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert graphs.modes == ["thread_local"] * 2 * 14
+    assert graphs.most == 1
+
+
+def test_each_shape_is_recorded_once_and_so_many_are_kept(graphs: FakeGraphs) -> None:
+    recorded = _Recorded("mid", double)
+    for rows in (1, 2, 1, 2, 2):
+        recorded({"x": torch.ones(rows)})
+    assert (len(graphs.modes), graphs.replays) == (2, 5)
+    for rows in range(3, 19):  # sixteen more: both are forgotten
+        recorded({"x": torch.ones(rows)})
+    recorded({"x": torch.ones(18)})
+    recorded({"x": torch.ones(1)})
+    assert len(graphs.modes) == 2 + 16 + 1
+
+
+def test_what_cannot_be_recorded_runs_without(
+    graphs: FakeGraphs, caplog: pytest.LogCaptureFixture
+) -> None:
+    def synchronizes(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if graphs.capturing:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return double(feeds)
+
+    recorded = _Recorded("text.0", synchronizes)
+    for rows in (2, 3):
+        found = recorded({"x": torch.ones(rows)})["y"]
+        assert torch.equal(found, 2 * torch.ones(rows))
+    assert (len(graphs.modes), graphs.replays) == (1, 0)
+    [warning] = caplog.messages
+    assert warning.startswith("text.0 cannot be recorded: operation not permitted")
+
+
+def test_too_large_a_recording_is_told_as_such(graphs: FakeGraphs) -> None:
+    """The loop then splits the batch; a smaller one may well be recorded."""
+
+    def greedy(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if graphs.capturing and len(feeds["x"]) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return double(feeds)
+
+    recorded = _Recorded("mid", greedy)
+    with pytest.raises(torch.OutOfMemoryError):
+        recorded({"x": torch.ones(3)})
+    recorded({"x": torch.ones(2)})
+    assert graphs.replays == 1

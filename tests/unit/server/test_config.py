@@ -43,6 +43,7 @@ def test_flags_over_environment_over_file(tmp_path: Path) -> None:
         ("DARKROOM_LOG_LEVEL", "debug", "logging.level"),
         ("DARKROOM_LOG_FORMAT", "text", "logging.format"),
         ("DARKROOM_PUBLIC_URL", "https://pictures.example", "http.public_url"),
+        ("DARKROOM_DEVICE", "cuda", "workers.device"),
     ],
 )
 def test_each_variable_sets_its_key(name: str, value: str, key: str) -> None:
@@ -74,6 +75,39 @@ def test_the_dial_of_int8_goes_with_int8_only(tmp_path: Path) -> None:
     assert read_config(written(tmp_path, model.format("int8"))).models[0].int8_min_snr_db == 35
     with pytest.raises(InvalidRequestError, match="int8_min_snr_db goes with precision int8"):
         read_config(written(tmp_path, model.format("fp32")))
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "named"),
+    [
+        ("cuda_graphs: true", "cuda", "cuda_graphs goes with backend torch or tensorrt"),
+        ("backend: torch, cuda_graphs: true", "cpu", "cuda_graphs needs device cuda"),
+        ("compile: true", "cpu", "compile goes with backend torch"),
+        ("provider: tensorrt", "cpu", "allowed on cpu: cpu"),
+        ("backend: tensorrt", "cpu", "runs on cuda"),
+    ],
+)
+def test_a_models_switches_fit_its_backend_and_the_workers_device(
+    tmp_path: Path, model: str, device: str, named: str
+) -> None:
+    text = f"models: [{{id: a}}, {{id: b, {model}}}]\nworkers: {{device: {device}}}\n"
+    with pytest.raises(InvalidRequestError, match=named) as refused:
+        read_config(written(tmp_path, text))
+    assert f"workers.device is {device}" in str(refused.value)
+    assert "models.b" in str(refused.value)
+
+
+def test_a_models_switches_reach_its_runtime(tmp_path: Path) -> None:
+    text = (
+        "models:\n"
+        "  - {id: a, backend: torch, compile: true, cuda_graphs: false}\n"
+        "  - {id: b, provider: tensorrt}\n"
+    )
+    config = served_config(written(tmp_path, text), environ={"DARKROOM_DEVICE": "cuda"})
+    assert config.workers.device == "cuda"
+    first, second = (model.runtime(config.workers.device) for model in config.models)
+    assert first.options == {"compile": True, "cuda_graphs": False}
+    assert (second.options, second.place) == ({"tensorrt": True}, "cuda")
 
 
 @pytest.mark.parametrize(

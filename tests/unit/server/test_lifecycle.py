@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from engine.errors import InvalidRequestError
 from server.config import HttpConfig, ServeConfig
 from server.errors import StartError
 from server.lifecycle import RAY_ENVIRONMENT, REPLICA_ENVIRONMENT, check_port, why
@@ -55,13 +56,17 @@ def test_a_model_that_cannot_be_compiled_is_named() -> None:
 
 def test_flags_choose_one_model_or_change_the_first() -> None:
     config = ServeConfig.model_validate({"models": [{"id": "a"}, {"id": "b", "precision": "int8"}]})
-    assert [m.id for m in with_model(config, None, None, None).models] == ["a", "b"]
-    [only] = with_model(config, "b", None, None).models
+    assert [m.id for m in with_model(config, None).models] == ["a", "b"]
+    [only] = with_model(config, "b", precision=None).models
     assert (only.id, only.precision) == ("b", "int8")
-    [other] = with_model(config, "c", "int8", None).models
+    [other] = with_model(config, "c", precision="int8").models
     assert (other.id, other.precision) == ("c", "int8")
-    first, second = with_model(config, None, "int8", "torch").models
+    first, second = with_model(config, None, precision="int8", backend="torch").models
     assert (first.precision, first.backend, second.backend) == ("int8", "torch", "onnxruntime")
+    [switched] = with_model(config, "a", backend="torch", compile=True).models
+    assert (switched.backend, switched.compile, switched.cuda_graphs) == ("torch", True, None)
+    with pytest.raises(InvalidRequestError, match=r"models\.a: cuda_graphs needs device cuda"):
+        with_model(config, "a", backend="torch", cuda_graphs=True)
 
 
 def test_the_nodes_of_a_cluster_are_told_what_one_machine_is() -> None:
