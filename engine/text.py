@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from engine.runtime.base import Graph
 
 DEFAULT_CACHE_BYTES = 64 * 2**20
+DEFAULT_CACHE_ENTRIES = 256
+"""What the bytes hold of SD 1.5's prompts. Of a small model they would hold thousands, each worth a
+millisecond or two of encoding, and a worker would grow for hours until they are there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +74,7 @@ class PromptEncoder:
         folder: of the plan; tokenizers are inside it.
         device: where the graphs take their inputs.
         cache_bytes: bound on the memory of remembered prompts; 0 remembers none.
+        cache_entries: bound on their number.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class PromptEncoder:
         *,
         device: torch.device,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
+        cache_entries: int = DEFAULT_CACHE_ENTRIES,
     ) -> None:
         self._model = model
         self._encoders = [
@@ -89,7 +94,7 @@ class PromptEncoder:
             for spec, graph in zip(specs, graphs, strict=True)
         ]
         self._digest = "+".join(spec.segment.sha256 for spec in specs)
-        self.cache = PromptCache(cache_bytes)
+        self.cache = PromptCache(cache_bytes, cache_entries)
 
     def encode(self, requests: Sequence[TextRequest]) -> list[EncodedText]:
         """Conditioning for each request, on the CPU in float32.
@@ -261,10 +266,14 @@ class CacheStats:
 
 
 class PromptCache:
-    """Least recently used prompts, bounded in bytes. Entries are never written to after ``put``."""
+    """Least recently used prompts, bounded in bytes and in number.
 
-    def __init__(self, max_bytes: int) -> None:
+    Entries are never written to after ``put``.
+    """
+
+    def __init__(self, max_bytes: int, max_entries: int = DEFAULT_CACHE_ENTRIES) -> None:
         self._max_bytes = max_bytes
+        self._max_entries = max_entries
         self._entries: OrderedDict[tuple[str, str], _Encoded] = OrderedDict()
         self._lock = threading.Lock()
         self._hits = self._misses = self._size_bytes = 0
@@ -290,7 +299,7 @@ class PromptCache:
                 self._size_bytes -= _entry_bytes(key, old)
             self._entries[key] = value
             self._size_bytes += size
-            while self._size_bytes > self._max_bytes:
+            while self._size_bytes > self._max_bytes or len(self._entries) > self._max_entries:
                 evicted = self._entries.popitem(last=False)
                 self._size_bytes -= _entry_bytes(*evicted)
 

@@ -187,6 +187,16 @@ def test_cache_is_bounded_in_bytes_and_forgets_the_least_recently_used(
     assert encoder.cache.stats.entries == 2
 
 
+def test_cache_is_bounded_in_number_too(tiny_checkpoint: Tiny) -> None:
+    encoder, graphs, _ = encoder_of(tiny_checkpoint("sd15"), cache_entries=2)
+    for prompt in "abacab":  # c puts b out, then b puts c out
+        encode(encoder, prompt)
+        assert encoder.cache.stats.entries <= 2
+    assert graphs[0].runs == 4
+    one = 4 * (16 * 32 + 32) + 4  # hidden states, pooled vector, one letter
+    assert encoder.cache.stats.size_bytes == 2 * one
+
+
 @pytest.mark.parametrize("cache_bytes", [0, 100])
 def test_what_does_not_fit_is_not_kept(cache_bytes: int, tiny_checkpoint: Tiny) -> None:
     encoder, _, _ = encoder_of(tiny_checkpoint("sd15"), cache_bytes=cache_bytes)
