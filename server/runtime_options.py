@@ -18,7 +18,7 @@ CudaGraphsOption = Annotated[
     bool | None,
     typer.Option(
         "--cuda-graphs/--no-cuda-graphs",
-        help="With torch or tensorrt on CUDA: record each shape and replay it; default: on there.",
+        help="On CUDA: record each shape and replay it; default: on for tensorrt, off for torch.",
         show_default=False,
     ),
 ]

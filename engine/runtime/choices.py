@@ -27,7 +27,8 @@ class RuntimeChoices:
         compile: for ``torch``: compile every segment with inductor, for each shape that comes. That
             takes a minute or more each, so by default it is off everywhere.
         cuda_graphs: for ``torch`` and ``tensorrt`` on CUDA: record every segment once for each
-            shape and replay the recording. None: on there.
+            shape and replay the recording. None: on for ``tensorrt``; off for ``torch``, where
+            nobody has measured it on a GPU yet.
         provider: for ``onnxruntime``: ``cpu``, ``cuda`` or ``tensorrt``; None: the device's own.
 
     Raises:
@@ -67,8 +68,7 @@ class RuntimeChoices:
         """What the runtime's constructor takes beside device and threads."""
         match self.backend:
             case "torch":
-                recorded = self._kind == "cuda" if self.cuda_graphs is None else self.cuda_graphs
-                return {"compile": bool(self.compile), "cuda_graphs": recorded}
+                return {"compile": bool(self.compile), "cuda_graphs": bool(self.cuda_graphs)}
             case "tensorrt":
                 return {"recordings": 0} if self.cuda_graphs is False else {}
             case "onnxruntime":

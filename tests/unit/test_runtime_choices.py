@@ -25,6 +25,10 @@ from engine.runtime.choices import RuntimeChoices
         ),
         (
             {"backend": "torch", "device": "cuda"},
+            {"device": "cuda", "compile": False, "cuda_graphs": False},
+        ),
+        (
+            {"backend": "torch", "device": "cuda", "cuda_graphs": True},
             {"device": "cuda", "compile": False, "cuda_graphs": True},
         ),
         (
