@@ -25,24 +25,32 @@ _PROMPTS = Path(__file__).resolve().parent.parent / "models" / "prompts" / "unse
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What every request asks for; prompts and seeds differ from one to the next."""
+    """What every request asks for; prompts and seeds differ from one to the next.
+
+    Attributes:
+        deadline_s: that each names; None names none.
+    """
 
     steps: int
     guidance: float
     first_seed: int = 0
+    deadline_s: float | None = None
 
     def bodies(self) -> Iterator[dict[str, Any]]:
         """Requests without end: the prompts of unseen compositions in turn."""
         prompts = [str(item["prompt"]) for item in json.loads(_PROMPTS.read_text())]
         for i, prompt in enumerate(itertools.cycle(prompts)):
             seed = self.first_seed + i
-            yield {
+            body = {
                 "prompt": prompt,
                 "steps": self.steps,
                 "guidance": self.guidance,
                 "seed": seed,
                 "response_format": "b64_json",
             }
+            if self.deadline_s is not None:
+                body["deadline_s"] = self.deadline_s
+            yield body
 
 
 @dataclass(slots=True, kw_only=True)
