@@ -4,6 +4,10 @@ The walker knows no block by name. It follows the manifest: each segment takes t
 given from outside or made by an earlier segment, and leaves new ones. What add-ons and step reuse
 need is data: residuals for the inputs marked as skips, tensors for input taps, names of tensors to
 keep, and a choice of segments.
+
+Segments that read neither the latent nor the timestep (keys and values of the text, by default)
+give the same at every step. They run when the rows of a batch or their adapters change, not at
+every tick.
 """
 
 from __future__ import annotations
@@ -15,8 +19,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from engine.compile.manifest import constant_segments
 from engine.compile.plan import Plan
-from engine.errors import ExecutionError
+from engine.errors import ExecutionError, OutOfMemoryError
+from engine.memo import TensorMemo
 from engine.rows import RowLimits
 from engine.runtime.base import Graph, Runtime
 
@@ -46,6 +52,7 @@ class Denoiser:
     def __init__(self, plan: Plan, runtime: Runtime) -> None:
         self._device = runtime.device
         self._graphs: list[Graph] = []
+        self._memos: dict[str, TensorMemo] = {}
         try:
             for segment in plan.manifest.unet:
                 self._graphs.append(runtime.open(plan.folder, plan.manifest, segment))
@@ -59,6 +66,9 @@ class Denoiser:
         made = {port.source for segment in specs for port in segment.outputs}
         outer = {p.source: p for s in specs for p in s.inputs if p.source not in made}
         self.external_inputs = tuple(outer.values())
+        constant = constant_segments(specs)
+        self._memos.update((name, TensorMemo()) for name in constant)
+        self._shared = {p.source for s in specs if s.name in constant for p in s.outputs}
         self._walk = lru_cache(maxsize=64)(self._plan_walk)
 
     def __call__(
@@ -80,7 +90,9 @@ class Denoiser:
             context: (rows, tokens, width).
             added: further conditioning by name, e.g. ``text_embeds``, each (rows, …).
             factors: low-rank factors by graph input name, each stacked over the rows; rows
-                without an adapter bring zeros.
+                without an adapter bring zeros. Between two calls they and the conditioning may
+                be written to through torch, but not through an array that shares their memory:
+                torch would not notice, nor would what is remembered of the last call.
             residuals: what ControlNets add, by index in their list of residuals.
             taps: tensors for input taps, by the name of the tensor that they change.
 
@@ -124,14 +136,39 @@ class Denoiser:
         known = {name: tensor.to(self._device) for name, tensor in given.items()}
         wanted = frozenset(keep)
         for step in self._walk(None if segments is None else frozenset(segments), wanted):
-            feeds = _feeds(step.graph, known, residuals or {}, factors or {})
-            outputs = step.graph.run(feeds)
+            outputs = self._outputs(step.graph, known, residuals or {}, factors or {})
             known.update((port.source, outputs[port.name]) for port in step.graph.spec.outputs)
             for name in step.last_used:
                 known.pop(name, None)
         if missing := wanted - known.keys():
             raise ExecutionError(f"no segment of this walk makes {', '.join(sorted(missing))}")
-        return {name: known[name].float() for name in wanted}
+        return {
+            name: known[name].float().clone() if name in self._shared else known[name].float()
+            for name in wanted
+        }
+
+    def _outputs(
+        self,
+        graph: Graph,
+        known: Mapping[str, Tensor],
+        residuals: Mapping[int, Tensor],
+        factors: Mapping[str, Tensor],
+    ) -> Mapping[str, Tensor]:
+        """Run one graph, unless what it gives is remembered."""
+
+        def feeds() -> dict[str, Tensor]:
+            return _feeds(graph, known, residuals, factors)
+
+        memo = self._memos.get(graph.spec.name)
+        try:
+            if memo is None:
+                return graph.run(feeds())
+            given = _given(graph, known, factors)
+            return memo.recall(given, lambda: _run_in_company(graph, feeds()))
+        except OutOfMemoryError:
+            for memo in self._memos.values():  # what they hold may be what is lacking
+                memo.clear()
+            raise
 
     def _plan_walk(self, only: frozenset[str] | None, wanted: frozenset[str]) -> tuple[Step, ...]:
         graphs = [g for g in self._graphs if only is None or g.spec.name in only]
@@ -147,6 +184,28 @@ class Denoiser:
         """Close every graph. Closing twice is harmless."""
         for graph in self._graphs:
             graph.close()
+        for memo in self._memos.values():
+            memo.close()
+
+
+def _given(
+    graph: Graph, known: Mapping[str, Tensor], factors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What a graph will be fed, as it was given: the very tensors, of whatever dtype."""
+    inputs = {p.name: known[p.source] for p in graph.spec.inputs if p.source in known}
+    return inputs | {p.name: factors[p.name] for p in graph.spec.factors if p.name in factors}
+
+
+def _run_in_company(graph: Graph, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Run a single row as two: what it gives must not depend on its having mates.
+
+    Libraries multiply a single vector by other kernels, which round differently. The pooled text
+    is one vector a row; int8 made 0.5 % of a picture out of its last bits.
+    """
+    if any(len(tensor) != 1 for tensor in feeds.values()) or graph.max_rows == 1:
+        return graph.run(feeds)
+    outputs = graph.run({name: torch.cat([tensor, tensor]) for name, tensor in feeds.items()})
+    return {name: tensor[:1].clone() for name, tensor in outputs.items()}
 
 
 def _feeds(

@@ -48,7 +48,7 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "int8": torch.float32,  # quantized after export
 }
-_EXPORTER = ("units", "segments", "lowrank", "export", "onnx_graph", "build")
+_EXPORTER = ("attention", "units", "segments", "lowrank", "export", "onnx_graph", "build")
 """Modules whose source decides what is in a graph, and so is part of every digest."""
 _ENGINE_BUILDER = ("tensorrt", "tensorrt_profile", "tensorrt_quantization")
 """And those that decide what is in an engine."""

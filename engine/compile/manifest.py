@@ -6,6 +6,7 @@ takes and gives; an input's ``source`` says who produces it, so that cuts and ta
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -92,7 +93,8 @@ class SegmentSpec(_Frozen):
     """A part of a network as its own graph."""
 
     name: str
-    """Unique in the plan: ``down.0`` … ``mid`` … ``up.2``, ``text.0``, ``vae.decoder``."""
+    """Unique in the plan: ``context``, ``down.0`` … ``mid`` … ``up.2``, ``text.0``,
+    ``vae.decoder``."""
     file: str
     """Path of the graph inside the plan folder ("" when the runtime rebuilds it from modules)."""
     sha256: str
@@ -104,6 +106,24 @@ class SegmentSpec(_Frozen):
     factors: tuple[TensorSpec, ...] = ()
     """Low-rank inputs of its adapter sites. A run that feeds any of them uses ``adapters_file``;
     those it leaves out add nothing. All are optional."""
+
+
+def constant_segments(segments: Iterable[SegmentSpec]) -> frozenset[str]:
+    """Names of those that give the same at every step: they depend on the conditioning alone.
+
+    None of their inputs is, or is made from, the latent, its timestep, a tap's tensor or what a
+    ControlNet adds to. The walk runs them when the conditioning changes; int8 leaves them alone.
+    """
+    changing, constant = {"sample", "timestep"}, set()
+    for segment in segments:
+        if any(
+            port.source in changing or port.source.startswith("tap.") or port.skip is not None
+            for port in segment.inputs
+        ):
+            changing |= {port.source for port in segment.outputs}
+        else:
+            constant.add(segment.name)
+    return frozenset(constant)
 
 
 class AdapterSite(_Frozen):

@@ -221,7 +221,10 @@ def _expand_markers(model: ir.Model, sites: Sequence[Site], *, plain: bool) -> N
     for node in _markers(model):
         y, x = node.inputs
         site = known[node.attributes["site"].as_string()]
-        down, up = (_add_input(model.graph, spec, y.dtype, plain) for spec in site.factors())
+        # Sites may differ in rank, since those without factors have rank 0: were their dimensions
+        # of one name, ONNX Runtime would let a tensor of one take over the memory of another's.
+        rank = "rank" if plain else f"rank.{site.module}"
+        down, up = (_add_input(model.graph, spec, y.dtype, plain, rank) for spec in site.factors())
         if site.layer.is_conv:
             flat = _insert(node, "Reshape", x, _numbers(node, [0, 0, -1]))
             product = _insert(node, "MatMul", up, _insert(node, "MatMul", down, flat))
@@ -234,8 +237,9 @@ def _expand_markers(model: ir.Model, sites: Sequence[Site], *, plain: bool) -> N
         _replace(model, node, total)
 
 
-def _add_input(graph: Any, spec: TensorSpec, dtype: Any, required: bool) -> Any:
-    value = ir.Value(name=spec.name, shape=ir.Shape(spec.shape), type=ir.TensorType(dtype))
+def _add_input(graph: Any, spec: TensorSpec, dtype: Any, required: bool, rank: str) -> Any:
+    shape = ir.Shape([rank if dim == "rank" else dim for dim in spec.shape])
+    value = ir.Value(name=spec.name, shape=shape, type=ir.TensorType(dtype))
     graph.inputs.append(value)
     if not required:
         _default_to_zero(graph, value, spec)

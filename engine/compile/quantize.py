@@ -9,7 +9,8 @@
     write     both variants of each segment, on one new file of weights      (quantize_graph)
 
 Activation scales are static, so a picture does not depend on its batch mates. Low-rank factors,
-text encoders and the autoencoder stay float.
+text encoders and the autoencoder stay float, and so do segments that do not run at every step:
+int8 would save next to nothing there.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import numpy as np
 
 from engine.compile import calibrate, quantize_graph, quantize_scales, recording, sensitivity
 from engine.compile.calibrate import DRAWINGS, Array, Drawing, Moment, untold
-from engine.compile.manifest import PlanManifest, SegmentSpec
+from engine.compile.manifest import PlanManifest, SegmentSpec, constant_segments
 from engine.compile.plan import Progress, Transform
 from engine.compile.quantize_graph import GraphFile, Scheme, insert_qdq, write_together
 from engine.compile.quantize_scales import Scale, activation_scale
@@ -187,7 +188,11 @@ class Study:
             drawings=config.drawings,
             progress=tell("drawing for calibration"),
         )
-        sites = {s.name: GraphFile(folder / s.file).sites() for s in segments}
+        constant = constant_segments(segments)
+        sites = {
+            s.name: [] if s.name in constant else GraphFile(folder / s.file).sites()
+            for s in segments
+        }
         seen = calibrate.observe(folder, segments, sites, moments, tell("reading ranges"))
         scales: dict[str, dict[str, Scale]] = {segment.name: {} for segment in segments}
         for (segment, tensor), what in seen.items():

@@ -1,8 +1,8 @@
 """Runs of units as modules with named inputs and outputs: what is exported, or run directly.
 
-``segments(unet)`` gives one segment per block; ``cuts`` and ``taps`` say otherwise. This is the
-only place that turns them into inputs and outputs, so a plan's ONNX graphs and its torch modules
-cannot differ.
+``segments(unet)`` gives one segment per block, what depends on the prompt alone (``context``)
+first; ``cuts`` and ``taps`` say otherwise. This is the only place that turns them into inputs and
+outputs, so a plan's ONNX graphs and its torch modules cannot differ.
 """
 
 from __future__ import annotations
@@ -118,7 +118,9 @@ def segments(
     """Split ``unet`` into segments that share its weights.
 
     Args:
-        cuts: names of the units after which to cut; None cuts between blocks, () nowhere.
+        cuts: names of the units after which to cut; None cuts between blocks, () nowhere. Cuts
+            that leave out the last unit of ``context`` make it run at every step with what
+            follows.
         taps: tensors to bring out or to let in.
         sites: what :func:`engine.compile.lowrank.wrap_unet` returned for this UNet.
 

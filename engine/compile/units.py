@@ -2,6 +2,7 @@
 
 ::
 
+    context.embedding, context.down.0.attn.0, … context.mid.attn.0, …
     temb, conv_in, down.0.resnet.0, down.0.attn.0, … down.0.downsample, …
     mid.resnet.0, mid.attn.0, mid.resnet.1,
     up.0.resnet.0, up.0.attn.0, … up.0.upsample, … prediction
@@ -9,6 +10,9 @@
 A unit produces one tensor, which carries the unit's name, and reads tensors by name. A skip
 connection is nothing but a second read of an earlier tensor, marked with its place in the list of
 residuals that a ControlNet gives: 0 is ``conv_in``, and the output of mid comes last.
+
+The units of ``context`` read the prompt alone: the added embedding, and for each attention the keys
+and values of its text. As a segment of their own they need not run again at every step.
 """
 
 from __future__ import annotations
@@ -22,8 +26,11 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
+from engine.compile.attention import split
 from engine.errors import UnsupportedError
 
+CONTEXT = "context"
+"""Name of the text conditioning that enters, and of the block of units that read it alone."""
 PREDICTION = "prediction"
 """Name of the UNet's output."""
 
@@ -52,7 +59,7 @@ class Unit:
 
     Attributes:
         name: of the unit and of the tensor that it produces.
-        block: ``down.0`` … ``mid`` … ``up.2``; default cuts fall between blocks.
+        block: ``context``, ``down.0`` … ``mid`` … ``up.2``; default cuts fall between blocks.
         module: takes the tensors of ``reads`` in order and returns one tensor.
     """
 
@@ -69,13 +76,22 @@ def flatten(unet: UNet2DConditionModel) -> tuple[Unit, ...]:
         UnsupportedError: naming a block or embedding that has no unit here.
     """
     _refuse_unknown(unet)
+    texts: list[Unit] = []
     units: list[Unit] = []
 
     def add(block: str, name: str, module: nn.Module, *reads: Read) -> Read:
-        units.append(Unit(name, block, module, reads))
+        (texts if block == CONTEXT else units).append(Unit(name, block, module, reads))
         return Read(name)
 
+    def attend(block: str, name: str, attention: nn.Module, hidden: Read) -> Read:
+        projections, attention = split(attention)
+        text = add(CONTEXT, f"{CONTEXT}.{name}", projections, Read(CONTEXT))
+        return add(block, name, _Attention(attention), hidden, text)
+
     embedding = _Embedding(unet)
+    if unet.config["addition_embed_type"] is not None:
+        extra = _AddedEmbedding(unet)
+        add(CONTEXT, _ADDED, extra, *map(Read, extra.reads))
     temb = add("down.0", "temb", embedding, *map(Read, embedding.reads))
     hidden = add("down.0", "conv_in", _ConvIn(unet), Read("sample"))
     skips = [hidden]
@@ -85,7 +101,7 @@ def flatten(unet: UNet2DConditionModel) -> tuple[Unit, ...]:
         for j, (resnet, attention) in enumerate(_pairs(block)):
             hidden = add(name, f"{name}.resnet.{j}", _Resnet(resnet), hidden, temb)
             if attention is not None:
-                hidden = add(name, f"{name}.attn.{j}", _Attention(attention), hidden, _CONTEXT)
+                hidden = attend(name, f"{name}.attn.{j}", attention, hidden)
             skips.append(hidden)
         for downsample in block.downsamplers or ():
             hidden = add(name, f"{name}.downsample", downsample, hidden)
@@ -95,7 +111,7 @@ def flatten(unet: UNet2DConditionModel) -> tuple[Unit, ...]:
         hidden = add("mid", "mid.resnet.0", _Resnet(mid.resnets[0]), hidden, temb)
         for j, (attention, resnet) in enumerate(zip(mid.attentions, mid.resnets[1:], strict=True)):
             if attention is not None:
-                hidden = add("mid", f"mid.attn.{j}", _Attention(attention), hidden, _CONTEXT)
+                hidden = attend("mid", f"mid.attn.{j}", attention, hidden)
             hidden = add("mid", f"mid.resnet.{j + 1}", _Resnet(resnet), hidden, temb)
 
     hidden = Read(hidden.source, skip=len(skips))
@@ -105,15 +121,15 @@ def flatten(unet: UNet2DConditionModel) -> tuple[Unit, ...]:
             skip = Read(skips.pop().source, skip=len(skips))
             hidden = add(name, f"{name}.resnet.{j}", _Resnet(resnet), hidden, temb, skip)
             if attention is not None:
-                hidden = add(name, f"{name}.attn.{j}", _Attention(attention), hidden, _CONTEXT)
+                hidden = attend(name, f"{name}.attn.{j}", attention, hidden)
         for upsample in block.upsamplers or ():
             hidden = add(name, f"{name}.upsample", upsample, hidden)
 
     add(name, PREDICTION, _ConvOut(unet), hidden)
-    return tuple(units)
+    return (*texts, *units)
 
 
-_CONTEXT = Read("context")
+_ADDED = f"{CONTEXT}.embedding"
 
 
 def _pairs(block: nn.Module) -> Iterator[tuple[nn.Module, nn.Module | None]]:
@@ -153,26 +169,19 @@ def _refuse_unknown(unet: UNet2DConditionModel) -> None:
 
 
 class _Embedding(nn.Module):
-    """Timestep and added conditioning to one vector per row, (batch, time embedding size)."""
+    """Timestep and added embedding to one vector per row, (batch, time embedding size)."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
         config: Any = unet.config
-        self.kind: str | None = config.addition_embed_type
         self.time_proj = _Sinusoid(unet.time_proj)
         self.time_embedding = unet.time_embedding
         self.activation = unet.time_embed_act
-        self.guided = config.time_cond_proj_dim is not None
         reads = ["timestep"]
-        if self.guided:
+        if config.time_cond_proj_dim is not None:
             reads.append("added.timestep_cond")
-        if self.kind == "text":
-            reads.append("context")
-            self.add_embedding = unet.add_embedding
-        elif self.kind == "text_time":
-            reads += ["added.text_embeds", "added.time_ids"]
-            self.add_time_proj = _Sinusoid(unet.add_time_proj)
-            self.add_embedding = unet.add_embedding
+        if config.addition_embed_type is not None:
+            reads.append(_ADDED)
         self.reads = tuple(reads)
 
     def forward(self, timestep: Tensor, *rest: Tensor) -> Tensor:
@@ -181,14 +190,29 @@ class _Embedding(nn.Module):
         emb: Tensor = self.time_embedding(
             self.time_proj(timestep).to(dtype), given.get("added.timestep_cond")
         )
-        if self.kind == "text":
-            emb = emb + self.add_embedding(given["context"])
-        elif self.kind == "text_time":
-            ids = self.add_time_proj(given["added.time_ids"]).flatten(1)
-            emb = emb + self.add_embedding(
-                torch.cat([given["added.text_embeds"], ids.to(dtype)], dim=-1)
-            )
+        if _ADDED in given:
+            emb = emb + given[_ADDED]
         return emb if self.activation is None else self.activation(emb)
+
+
+class _AddedEmbedding(nn.Module):
+    """What the prompt adds to the time embedding: (batch, time embedding size)."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        config: Any = unet.config
+        self.embedding = unet.add_embedding
+        self.reads: tuple[str, ...] = (CONTEXT,)
+        self.time_proj: nn.Module | None = None
+        if config.addition_embed_type == "text_time":
+            self.reads = ("added.text_embeds", "added.time_ids")
+            self.time_proj = _Sinusoid(unet.add_time_proj)
+
+    def forward(self, text: Tensor, time_ids: Tensor | None = None) -> Tensor:
+        if self.time_proj is not None and time_ids is not None:
+            times = self.time_proj(time_ids).flatten(1).to(text.dtype)
+            text = torch.cat([text, times], dim=-1)
+        return cast(Tensor, self.embedding(text))
 
 
 class _Sinusoid(nn.Module):
@@ -242,8 +266,8 @@ class _Attention(nn.Module):
         super().__init__()
         self.attention = attention
 
-    def forward(self, hidden: Tensor, context: Tensor) -> Tensor:
-        output = self.attention(hidden, encoder_hidden_states=context, return_dict=False)
+    def forward(self, hidden: Tensor, keys_and_values: Tensor) -> Tensor:
+        output = self.attention(hidden, encoder_hidden_states=keys_and_values, return_dict=False)
         return cast(Tensor, output[0])
 
 

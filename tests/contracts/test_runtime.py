@@ -112,7 +112,7 @@ class RuntimeContract:
     def test_factors_are_added_and_optional(
         self, graphs: dict[str, Graph], modules: Mapping[str, GraphSource]
     ) -> None:
-        for name in ("down.0", "text.0"):
+        for name in ("context", "down.0", "text.0"):
             graph = graphs[name]
             assert graph.spec.factors
             feeds = random_feeds(graph.spec.inputs)
@@ -131,8 +131,9 @@ class RuntimeContract:
                 graph.run({**feeds, **some})[last], expected_some[last], rtol=1e-3, atol=1e-4
             )
 
-    def test_rows_do_not_depend_on_their_mates(self, graphs: dict[str, Graph]) -> None:
-        graph = graphs["down.0"]
+    @pytest.mark.parametrize("name", ["context", "down.0"])
+    def test_rows_do_not_depend_on_their_mates(self, graphs: dict[str, Graph], name: str) -> None:
+        graph = graphs[name]
         feeds = random_feeds((*graph.spec.inputs, *graph.spec.factors), batch=4)
         feeds = {name: tensor.clone() for name, tensor in feeds.items()}
         for tensor in feeds.values():
@@ -140,20 +141,21 @@ class RuntimeContract:
         together = graph.run(feeds)
         for row in range(4):
             alone = graph.run({name: tensor[row : row + 1] for name, tensor in feeds.items()})
-            for name, tensor in alone.items():
+            for output, tensor in alone.items():
                 close = 1e-5 * max(1.0, float(tensor.abs().max()))
-                torch.testing.assert_close(together[name][row], tensor[0], rtol=0, atol=close)
+                torch.testing.assert_close(together[output][row], tensor[0], rtol=0, atol=close)
 
-    def test_outputs_belong_to_the_caller(self, graphs: dict[str, Graph]) -> None:
-        graph = graphs["up.0"]
+    @pytest.mark.parametrize("name", ["context", "up.0"])
+    def test_outputs_belong_to_the_caller(self, graphs: dict[str, Graph], name: str) -> None:
+        graph = graphs[name]
         first = graph.run(random_feeds(graph.spec.inputs, seed=1))
         kept = {name: tensor.clone() for name, tensor in first.items()}
         for seed in range(2, 6):
             graph.run(random_feeds(graph.spec.inputs, seed=seed))
-        for name, tensor in first.items():
-            assert torch.equal(tensor, kept[name])
+        for output, tensor in first.items():
+            assert torch.equal(tensor, kept[output])
             tensor += 1  # and they can be written to
-            assert torch.equal(tensor, kept[name] + 1)
+            assert torch.equal(tensor, kept[output] + 1)
 
     def test_inputs_are_left_alone(self, graphs: dict[str, Graph]) -> None:
         graph = graphs["mid"]

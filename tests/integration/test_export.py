@@ -65,7 +65,7 @@ def test_other_cuts_and_taps_change_nothing(
         cuts=("down.0.resnet.0", "up.1.attn.0"),
         taps=(Tap(tensor=tensor, direction="in"), Tap(tensor=within, direction="out")),
     )
-    assert [s.name for s in plan.manifest.unet] == ["down.0", "down.0.attn.0", "up.1.resnet.1"]
+    assert [s.name for s in plan.manifest.unet] == ["context", "down.0.attn.0", "up.1.resnet.1"]
     cut, default = Denoiser(plan, cpu_runtime), Denoiser(tiny_plan("text"), cpu_runtime)
     unet: Any = checkpoint.load_unet()
     given = unet_inputs(unet)
@@ -135,7 +135,7 @@ def test_factors_are_plain_inputs_where_a_backend_needs_them(
     from engine.compile.export import export_unet
     from engine.compile.onnx_graph import adapters_path, write_graphs
 
-    source = export_unet(Checkpoint.open(tiny_checkpoint("sd15")).load_unet())[0]
+    source = export_unet(Checkpoint.open(tiny_checkpoint("sd15")).load_unet())[1]
     write_graphs(source, tmp_path / "graph.onnx", plain_factors=True)
     graph = onnx.load(adapters_path(tmp_path / "graph.onnx"), load_external_data=False).graph
     factors = {factor.name for site in source.sites for factor in site.factors()}

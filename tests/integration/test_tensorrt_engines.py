@@ -85,7 +85,7 @@ def test_an_adapter_changes_the_bindings_of_the_engine(mid: tuple[Source, Source
 
     engines = [build_engine(source, target()) for source in mid]
 
-    assert len(factors) == 24  # two for each of the twelve layers
+    assert len(factors) == 20  # two for each of the ten layers; two more project the text
     for spec in (*plain.inputs, *plain.outputs):
         assert all(spec.name.encode() in engine for engine in engines)
     assert "tap.mid.attn.0" in {spec.name for spec in plain.inputs}
@@ -106,7 +106,8 @@ def test_the_profile_reaches_every_input_and_starts_at_rank_0(mid: tuple[Source,
     parsed = [network.network.get_input(i).name for i in range(network.network.num_inputs)]
     assert parsed == [spec.name for spec in adapted.inputs]
     known = {name: ShapeRange(*map(tuple, profile.get_shape(name))) for name in parsed}
-    assert known["context"] == ShapeRange((1, 16, 32), (4, 16, 32), (8, 32, 32))
+    text = ShapeRange((1, 16, 64), (4, 16, 64), (8, 32, 64))
+    assert known["context.mid.attn.0"] == text
     assert known["down.1.resnet.0"] == ShapeRange((1, 32, 2, 2), (4, 32, 4, 4), (8, 32, 8, 8))
     site = "lora.mid_block.attentions.0.proj_in"
     assert known[f"{site}.down"] == ShapeRange((1, 0, 32), (4, 4, 32), (8, 16, 32))

@@ -14,7 +14,7 @@ from engine.checkpoint import Checkpoint
 from engine.compile.manifest import Tap
 from engine.compile.plan import Plan, PlanStore
 from engine.denoiser import PREDICTION, Denoiser
-from engine.errors import ExecutionError
+from engine.errors import ExecutionError, OutOfMemoryError
 from engine.runtime import Runtime, open_runtime
 from tests.tiny import FAMILIES
 from tests.unit.compile.test_units import diffusers_forward, unet_inputs
@@ -100,7 +100,7 @@ def test_residuals_factors_and_taps_go_where_they_belong(
 def test_some_segments_can_be_left_out(open_denoiser: Open) -> None:
     """Step reuse: the deep segments are skipped, and what they gave is given instead."""
     denoiser = open_denoiser("sd15")
-    first, *_, last = denoiser.segments
+    text, first, *_, last = denoiser.segments
     generator = torch.Generator().manual_seed(0)
     given = denoiser.inputs(
         torch.randn(2, 4, 4, 4, generator=generator),
@@ -110,14 +110,177 @@ def test_some_segments_can_be_left_out(open_denoiser: Open) -> None:
     )
     whole = denoiser.run(given, keep=(PREDICTION, "up.0.upsample"))
     reused = {**given, "up.0.upsample": whole["up.0.upsample"]}
-    again = denoiser.run(reused, segments=(first, last))
+    again = denoiser.run(reused, segments=(text, first, last))
     assert set(again) == {PREDICTION}
     assert torch.equal(again[PREDICTION], whole[PREDICTION])
 
     with pytest.raises(ExecutionError, match=r"up\.1 needs up\.0\.upsample"):
-        denoiser.run(given, segments=(first, last))
+        denoiser.run(given, segments=(text, first, last))
     with pytest.raises(ExecutionError, match="no segment of this walk makes attic"):
         denoiser.run(given, keep=("attic",))
+
+
+class Counted:
+    """A graph of an opened network that counts its runs, and may fail once."""
+
+    def __init__(self, denoiser: Denoiser, segment: str, patch: pytest.MonkeyPatch) -> None:
+        (graph,) = [graph for graph in denoiser._graphs if graph.spec.name == segment]
+        self.runs = 0
+        self.rows: list[int] = []
+        self.error: Exception | None = None
+        self._run = graph.run
+        patch.setattr(graph, "run", self)
+
+    def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self.runs += 1
+        self.rows.append(len(next(iter(feeds.values()))))
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        return self._run(feeds)
+
+
+@pytest.mark.parametrize("family", ["text", "sdxl"])
+def test_the_text_is_projected_when_it_changes_and_not_at_every_step(
+    open_denoiser: Open,
+    tiny_checkpoint: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+) -> None:
+    unet: Any = Checkpoint.open(tiny_checkpoint(family)).load_unet()
+    denoiser = open_denoiser(family)
+    text = Counted(denoiser, "context", monkeypatch)
+    net = Counted(denoiser, "mid", monkeypatch)
+    given = unet_inputs(unet)
+
+    def step() -> None:
+        given["sample"] = torch.randn_like(given["sample"])
+        given["timestep"] = 0.9 * given["timestep"]
+        assert torch.equal(denoiser(*arguments(given)), diffusers_forward(unet, given))
+
+    for _ in range(3):
+        step()
+    assert (text.runs, net.runs) == (1, 3)
+    given["context"] = given["context"].clone()  # gathered anew
+    step()
+    assert text.runs == 1
+    given["context"][0] += 1
+    step()
+    assert text.runs == 2
+    for name in [name for name in given if name.startswith("added.")]:
+        given[name] = 0.5 * given[name]
+        runs = text.runs
+        step()
+        assert text.runs == runs + 1
+    for name, tensor in given.items():
+        given[name] = tensor[:2]  # a member left
+    runs = text.runs
+    step()
+    assert text.runs == runs + 1
+
+
+def test_two_batches_that_take_turns_are_both_remembered(
+    open_denoiser: Open, tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet: Any = Checkpoint.open(tiny_checkpoint("text")).load_unet()
+    denoiser = open_denoiser("text")
+    text = Counted(denoiser, "context", monkeypatch)
+    pair = unet_inputs(unet)
+    pair["context"] += 7
+    fewer = {name: tensor[:2] for name, tensor in pair.items()}
+    expected = [diffusers_forward(unet, given) for given in (pair, fewer)]
+    for _ in range(3):
+        for given, whole in zip((pair, fewer), expected, strict=True):
+            assert torch.equal(denoiser(*arguments(given)), whole)
+    assert text.runs == 2
+
+
+def test_the_text_of_a_row_alone_is_projected_as_in_company(
+    open_denoiser: Open, tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet: Any = Checkpoint.open(tiny_checkpoint("text")).load_unet()
+    denoiser = open_denoiser("text")
+    text = Counted(denoiser, "context", monkeypatch)
+    rest = Counted(denoiser, "mid", monkeypatch)
+    single = {name: tensor[1:2] for name, tensor in unet_inputs(unet).items()}
+    result = denoiser.run(single, keep=(PREDICTION, "context.embedding"))
+    assert (text.rows, rest.rows) == ([2], [1])
+    assert result["context.embedding"].shape == (1, 64)
+    torch.testing.assert_close(
+        result[PREDICTION], diffusers_forward(unet, single), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_adapters_of_the_text_are_part_of_what_is_remembered(
+    open_denoiser: Open, tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet: Any = Checkpoint.open(tiny_checkpoint("sd15")).load_unet()
+    denoiser = open_denoiser("sd15")
+    given = unet_inputs(unet)
+    given["context"] += 5
+    plain = denoiser(*arguments(given))
+    text = Counted(denoiser, "context", monkeypatch)
+    path = "down_blocks.0.attentions.0.transformer_blocks.0"
+
+    def factors(layer: str, value: float) -> dict[str, Tensor]:
+        site = f"lora.{path}.{layer}"
+        width = 32 if layer.startswith("attn2") else 16
+        return {
+            f"{site}.down": torch.full((3, 1, width), value),
+            f"{site}.up": torch.ones(3, 16, 1),
+        }
+
+    for runs, value in enumerate((0.1, 0.2), start=1):
+        adapted = factors("attn2.to_v", value)
+        first = denoiser(*arguments(given), factors=adapted)
+        assert torch.equal(denoiser(*arguments(given), factors=adapted), first)
+        assert not torch.allclose(first, plain)
+        assert text.runs == runs
+    adapted["lora." + path + ".attn2.to_v.up"].zero_()  # in place: it is no longer what it was
+    torch.testing.assert_close(denoiser(*arguments(given), factors=adapted), plain)
+    assert text.runs == 3
+    # an adapter of other layers leaves the text alone
+    assert not torch.allclose(
+        denoiser(*arguments(given), factors=factors("attn1.to_v", 0.1)), plain
+    )
+    assert torch.equal(denoiser(*arguments(given)), plain)
+    assert text.runs == 3
+
+
+def test_what_is_remembered_cannot_be_written_to_and_yields_to_memory(
+    open_denoiser: Open, tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet: Any = Checkpoint.open(tiny_checkpoint("text")).load_unet()
+    denoiser = open_denoiser("text")
+    given = unet_inputs(unet)
+    given["context"] -= 3
+    names = (PREDICTION, "context.embedding")
+    first = denoiser.run(given, keep=names)
+    kept = {name: tensor.clone() for name, tensor in first.items()}
+    for tensor in first.values():
+        tensor.zero_()
+    text = Counted(denoiser, "context", monkeypatch)
+    again = denoiser.run(given, keep=names)
+    assert text.runs == 0
+    assert all(torch.equal(again[name], kept[name]) for name in names)
+
+    Counted(denoiser, "mid", monkeypatch).error = OutOfMemoryError("mid: out of memory")
+    with pytest.raises(OutOfMemoryError):
+        denoiser(*arguments(given))
+    assert torch.equal(denoiser(*arguments(given)), kept[PREDICTION])
+    assert text.runs == 1
+
+
+def test_a_network_in_one_graph_works_without_a_memory(
+    open_denoiser: Open, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    unet: Any = Checkpoint.open(tiny_checkpoint("text")).load_unet()
+    denoiser = open_denoiser("text", cuts=())
+    assert len(denoiser.segments) == 1
+    given = unet_inputs(unet)
+    for scale in (1.0, 2.0):
+        given["context"] = scale * given["context"]
+        assert torch.equal(denoiser(*arguments(given)), diffusers_forward(unet, given))
 
 
 def test_tensors_are_let_go_after_their_last_use(open_denoiser: Open) -> None:
@@ -125,7 +288,8 @@ def test_tensors_are_let_go_after_their_last_use(open_denoiser: Open) -> None:
     steps = denoiser._plan_walk(None, frozenset({PREDICTION}))
     gone = [name for step in steps for name in step.last_used]
     assert len(set(gone)) == len(gone)
-    assert "sample" in steps[0].last_used
+    assert {"context"} == set(steps[0].last_used)
+    assert "sample" in steps[1].last_used
     assert "temb" in steps[-1].last_used
     assert PREDICTION not in gone
 

@@ -190,7 +190,7 @@ def test_a_transform_is_part_of_the_plan(store: PlanStore, checkpoint: Checkpoin
     plan = store.build(checkpoint, precision="int8", transform=_Mark())
     assert plan.manifest.files["mark"]
     assert plan.manifest.recipe == {"mark": 1}
-    assert plan.manifest.unet[0].sha256 == plan.manifest.files["graphs/down.0.onnx"]
+    assert plan.manifest.unet[0].sha256 == plan.manifest.files["graphs/context.onnx"]
 
 
 @pytest.mark.usefixtures("quick_graphs")

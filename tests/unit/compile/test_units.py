@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.checkpoint import Checkpoint
 from engine.compile.export import export_text_encoder, export_unet, export_vae
-from engine.compile.manifest import Tap
+from engine.compile.manifest import Tap, constant_segments
 from engine.compile.segments import Segment, segments
 from engine.compile.units import PREDICTION, flatten
 from engine.errors import PlanError
@@ -88,13 +88,14 @@ def test_a_chain_is_the_unet(
     parts = segments(unet, cuts)
     assert torch.equal(walk(parts, given)[PREDICTION], diffusers_forward(unet, given))
     assert (
-        len({part.name for part in parts}) == len(parts) == (5 if cuts is None else len(cuts) + 1)
+        len({part.name for part in parts}) == len(parts) == (6 if cuts is None else len(cuts) + 1)
     )
 
 
 def test_default_segments_are_blocks(load: Callable[[str], Checkpoint]) -> None:
     parts = segments(load("sd15").load_unet())
-    assert [part.name for part in parts] == ["down.0", "down.1", "mid", "up.0", "up.1"]
+    blocks = ["context", "down.0", "down.1", "mid", "up.0", "up.1"]
+    assert [part.name for part in parts] == blocks
     assert parts[-1].gives == (PREDICTION,)
 
 
@@ -173,6 +174,34 @@ def test_what_a_replacing_tap_makes_void_takes_and_lists_nothing(
     assert torch.equal(result[PREDICTION], known[PREDICTION])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_depends_on_the_prompt_alone_is_a_segment_of_its_own(
+    load: Callable[[str], Checkpoint], family: str
+) -> None:
+    unet: Any = load(family).load_unet()
+    sources = export_unet(unet)
+    first, *others = sources
+    assert constant_segments(source.segment() for source in sources) == {first.name}
+    given = unet_inputs(unet).keys() - {"sample", "timestep", "added.timestep_cond"}
+    assert {port.source for port in first.inputs} == given
+    assert "context" not in {port.source for source in others for port in source.inputs}
+    projections = {site.module for site in first.sites}
+    assert {path.rpartition(".")[2] for path in projections} == {"to_k", "to_v"}
+    assert all(".attn2." in path for path in projections)
+    elsewhere = {site.module for source in others for site in source.sites}
+    assert not any(path.endswith(("attn2.to_k", "attn2.to_v")) for path in elsewhere)
+
+
+def test_a_segment_with_a_tap_or_with_all_in_it_is_not_constant(
+    load: Callable[[str], Checkpoint],
+) -> None:
+    tap = Tap(tensor="context.mid.attn.0", direction="in")
+    cases: list[dict[str, Any]] = [{"cuts": ()}, {"cuts": ["conv_in"]}, {"taps": [tap]}]
+    for options in cases:
+        sources = export_unet(load("text").load_unet(), **options)
+        assert not constant_segments(source.segment() for source in sources)
+
+
 def test_unknown_names_are_refused(load: Callable[[str], Checkpoint]) -> None:
     unet: Any = load("sd15").load_unet()
     with pytest.raises(PlanError, match=r"no unit is named 'down\.9'.*conv_in"):
@@ -192,10 +221,14 @@ def test_every_unit_gives_one_tensor_of_its_name(load: Callable[[str], Checkpoin
 
 
 def test_specs_name_sizes_by_level(load: Callable[[str], Checkpoint]) -> None:
-    down, _, mid, *_ = export_unet(load("text").load_unet())
+    context, down, _, mid, *_ = export_unet(load("text").load_unet())
+    assert {port.name: port.shape for port in context.inputs} == {
+        "context": ("batch", "tokens", 32)
+    }
     assert {port.name: port.shape for port in down.inputs} == {
         "timestep": ("batch",),
-        "context": ("batch", "tokens", 32),
+        "context.embedding": ("batch", 64),
+        "context.down.0.attn.0": ("batch", "tokens", 2 * 16),
         "sample": ("batch", 4, "height", "width"),
     }
     assert mid.inputs[0].shape == ("batch", 32, "height//2", "width//2")
