@@ -25,6 +25,8 @@ class Ledger:
     while no router answers are told to the next one.
 
     Args:
+        clock: Unix time, in which processes tell each other what operators changed, and when.
+        steady: for how old the router's word is; ``clock`` where none is given.
         heard: told of every load table that comes, and when it was asked for.
     """
 
@@ -34,12 +36,14 @@ class Ledger:
         router: RouterClient,
         clock: Clock,
         *,
+        steady: Clock | None = None,
         heard: Callable[[LoadTable, float], None] = lambda _table, _asked_at_s: None,
     ) -> None:
         self.name = name
         self._heard = heard
         self._router = router
         self._clock = clock
+        self._steady = steady or clock
         self._running: dict[str, Grant] = {}
         self._ended: set[str] = set()
         self._due = asyncio.Event()
@@ -86,13 +90,13 @@ class Ledger:
 
     def fresh(self) -> bool:
         """Whether the router has answered lately."""
-        return self.pulse is not None and self._clock.now_s() - self.pulsed_at_s < CALL_TIMEOUT_S
+        return self.pulse is not None and self._steady.now_s() - self.pulsed_at_s < CALL_TIMEOUT_S
 
     async def beat(self) -> None:
         """Tell the router, and hear from it, once; what does not arrive is told the next time."""
         self._due.clear()
         ended = tuple(self._ended)
-        asked_at_s = self._clock.now_s()
+        asked_at_s = self._steady.now_s()
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 pulse = await self._router.heartbeat(
@@ -102,7 +106,7 @@ class Ledger:
             _log.warning("the router does not answer; what runs goes on")
             return
         self._ended.difference_update(ended)
-        self.pulse, self.pulsed_at_s = pulse, self._clock.now_s()
+        self.pulse, self.pulsed_at_s = pulse, self._steady.now_s()
         self._heard(pulse.load, asked_at_s)
         self.switch(pulse.switched)
         self._pulsed.set()

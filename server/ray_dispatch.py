@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 
 from engine.errors import BackendUnavailableError, ClosedError
-from engine.ports import Clock
+from engine.ports import Clock, SystemClock
 from server.clock import UnixClock
 from server.config import ServeConfig
 from server.errors import ConflictError
@@ -60,12 +60,14 @@ class RayDispatcher:
         clock: Clock | None = None,
         refused: Callable[[str], None] = lambda _reason: None,
     ) -> None:
+        # Ages of what the router said are held against a clock that nobody sets back.
+        steady = clock or SystemClock()
         clock = clock or UnixClock()
         name = name or f"gateway-{uuid.uuid4().hex[:8]}"
         self._configured = tuple(model.id for model in config.models)
         self._gateways = gateways
-        refusals = Refusals(config.admission, clock, refused=refused)
-        self._ledger = Ledger(name, router, clock, heard=refusals.heard)
+        refusals = Refusals(config.admission, steady, refused=refused)
+        self._ledger = Ledger(name, router, clock, steady=steady, heard=refusals.heard)
         self._around = Surroundings(
             name=name,
             router=router,

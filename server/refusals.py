@@ -41,6 +41,7 @@ class _Refusal:
     steps: float
     priority: int
     patience_s: float
+    spared: float
     noted_at_s: float
     until_s: float
     retry_at_s: float
@@ -65,6 +66,7 @@ class Refusals:
     models of the configuration.
 
     Args:
+        clock: must never go back: ages are told by it, and no times of other processes.
         refused: told the reason of each refusal that was decided here.
     """
 
@@ -216,11 +218,12 @@ class Refusals:
         if now_s >= last.until_s or (told_since and last.bound != "deadline"):
             del self._last[whose]
             return
-        steps, priority, patience_s = _asked(tickets)
+        steps, priority, patience_s, spared = _asked(tickets)
         if (
             steps >= last.steps
             and priority <= last.priority
             and patience_s <= last.patience_s + _SAME_S
+            and spared <= last.spared
             and _patient(tickets) <= last.patient
         ):
             raise NoRoomError(
@@ -254,8 +257,11 @@ def _patient(tickets: Iterable[Ticket]) -> bool:
     return all(ticket.patient for ticket in tickets)
 
 
-def _asked(tickets: Sequence[Ticket]) -> tuple[float, int, float]:
-    """(steps of all, highest priority, seconds from arrival to the earliest deadline)."""
+def _asked(tickets: Sequence[Ticket]) -> tuple[float, int, float, float]:
+    """(steps of all, highest priority, seconds from arrival to the earliest deadline, spared).
+
+    Who spares more by degrading may wait longer than who was refused.
+    """
     return (
         _steps(tickets),
         max(ticket.priority for ticket in tickets),
@@ -263,4 +269,5 @@ def _asked(tickets: Sequence[Ticket]) -> tuple[float, int, float]:
             math.inf if t.deadline_at_s is None else t.deadline_at_s - t.arrived_at_s
             for t in tickets
         ),
+        _spared(tickets),
     )

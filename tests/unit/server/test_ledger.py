@@ -132,6 +132,23 @@ def test_the_load_is_passed_on_with_the_time_at_which_it_was_asked_for() -> None
     asyncio.run(scenario())
 
 
+def test_the_age_of_a_word_does_not_change_when_the_time_of_day_is_set_back() -> None:
+    async def scenario() -> None:
+        day, steady = FakeClock(), FakeClock()
+        told: list[float] = []
+        ledger = Ledger(
+            "g", Listener(), day, steady=steady, heard=lambda _load, at_s: told.append(at_s)
+        )
+        await ledger.beat()
+        day.tick(-3600)
+        steady.tick(1)
+        await ledger.beat()
+        assert told == [100.0, 101.0]
+        assert ledger.fresh()
+
+    asyncio.run(scenario())
+
+
 def test_a_word_is_fresh_for_a_few_seconds() -> None:
     async def scenario() -> None:
         clock = FakeClock()

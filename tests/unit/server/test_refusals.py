@@ -231,6 +231,15 @@ def test_a_patient_request_does_not_share_the_refusal_of_an_impatient_one(
         refusals.pass_on([ticket(40, deadline_at_s=700)])
 
 
+def test_a_rung_that_spares_steps_does_not_share_the_refusal_of_one_that_spares_none(
+    refusals: Refusals,
+) -> None:
+    refusals.note([ticket(10)], NoRoomError("w", bound="wait", retry_after_s=9))
+    refusals.pass_on([ticket(20, spared_steps=60)])
+    with pytest.raises(NoRoomError):
+        refusals.pass_on([ticket(20)])
+
+
 def test_a_request_larger_than_the_queue_is_told_the_bound_without_any_table(
     refusals: Refusals,
 ) -> None:
