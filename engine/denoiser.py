@@ -159,16 +159,19 @@ class Denoiser:
         def feeds() -> dict[str, Tensor]:
             return _feeds(graph, known, residuals, factors)
 
-        memo = self._memos.get(graph.spec.name)
-        try:
+        def outputs() -> Mapping[str, Tensor]:
+            memo = self._memos.get(graph.spec.name)
             if memo is None:
                 return graph.run(feeds())
             given = _given(graph, known, factors)
             return memo.recall(given, lambda: _run_in_company(graph, feeds()))
+
+        try:
+            return outputs()
         except OutOfMemoryError:
-            for memo in self._memos.values():  # what they hold may be what is lacking
-                memo.clear()
-            raise
+            if not self.forget():
+                raise
+        return outputs()  # what was remembered may be what was lacking
 
     def _plan_walk(self, only: frozenset[str] | None, wanted: frozenset[str]) -> tuple[Step, ...]:
         graphs = [g for g in self._graphs if only is None or g.spec.name in only]
@@ -179,6 +182,10 @@ class Denoiser:
             steps.append(Step(graph, tuple(touched - needed)))
             needed |= {port.source for port in graph.spec.inputs}
         return tuple(reversed(steps))
+
+    def forget(self) -> bool:
+        """Let go of what is remembered between two steps; returns whether there was anything."""
+        return any([memo.clear() for memo in self._memos.values()])
 
     def close(self) -> None:
         """Close every graph. Closing twice is harmless."""

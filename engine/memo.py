@@ -42,8 +42,9 @@ class TensorMemo:
     """The latest results of one function of tensors. Safe to use from several threads.
 
     Inputs are kept by reference and compared by identity first, then by value; those that torch
-    has seen written to since count as unknown. Writes that it cannot see (through an array that
-    shares their memory) would go unnoticed: whoever feeds a memo does none.
+    has seen written to since count as unknown. Writes that torch does not count (through an
+    array that shares their memory, ``.data``, a replayed CUDA graph) would go unnoticed: whoever
+    feeds a memo does none.
 
     Args:
         max_entries: results kept, the latest used ones.
@@ -77,10 +78,11 @@ class TensorMemo:
         self._use(entry)
         return entry.outputs
 
-    def clear(self) -> None:
-        """Forget everything."""
+    def clear(self) -> bool:
+        """Forget everything; returns whether there was anything."""
         with self._lock:
-            self._entries.clear()
+            held, self._entries = bool(self._entries), []
+        return held
 
     def close(self) -> None:
         """Forget everything, for good: results of computations that still run are not kept."""

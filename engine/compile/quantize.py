@@ -147,8 +147,8 @@ class Int8Transform:
 
 def _sources() -> str:
     """Digest of the modules that decide what an int8 plan holds."""
-    quantizer = sys.modules[__name__]
-    modules = (quantizer, quantize_graph, quantize_scales, recording, calibrate, sensitivity)
+    this, chain = (sys.modules[name] for name in (__name__, constant_segments.__module__))
+    modules = (this, chain, quantize_graph, quantize_scales, recording, calibrate, sensitivity)
     parts = [Path(str(module.__file__)).read_bytes() for module in modules]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 

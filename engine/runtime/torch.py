@@ -63,6 +63,10 @@ class TorchRuntime(Runtime):
             raise BackendUnavailableError(
                 "torch finds no CUDA device; install a CUDA build of torch, or use device cpu"
             )
+        if self._device.type == "cuda" and (self._device.index or 0) >= torch.cuda.device_count():
+            raise BackendUnavailableError(
+                f"there is no {device}; torch finds {torch.cuda.device_count()} CUDA device(s)"
+            )
         if cuda_graphs and self._device.type != "cuda":
             raise BackendUnavailableError(f"CUDA graphs need a CUDA device, not {device}")
         if threads is not None and self._device.type == "cpu":
@@ -99,6 +103,8 @@ class TorchRuntime(Runtime):
             function = torch.compile(module, dynamic=False, mode="max-autotune-no-cudagraphs")
         if self._cuda_graphs:
             function = _Recorded(segment.name, function)
+        if self._device.type == "cuda":
+            function = partial(_on, self._device, function)
         function = partial(_without_gradients, function)
         return TorchGraph(segment, function if self._crew is None else self._crew.hand(function))
 
@@ -198,6 +204,14 @@ def _place(module: nn.Module, device: torch.device) -> None:
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
+def _on(
+    device: torch.device, function: _Function, feeds: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Run with streams and recordings of ``device``, which may not be torch's current one."""
+    with torch.cuda.device(device):
+        return function(feeds)
+
+
 class _Recorded:
     """A function on CUDA tensors, recorded once for each set of shapes and then replayed.
 
@@ -256,9 +270,15 @@ class _Recording:
         Raises:
             RuntimeError: something in it cannot be recorded, or does not fit into the memory.
         """
-        # thread_local: another thread may allocate meanwhile, as the decoder's does.
-        with _CAPTURING, torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._outputs = self._function(self._inputs)
+        stream = torch.cuda.current_stream()
+        try:
+            # thread_local: another thread may allocate meanwhile, as the decoder's does.
+            with _CAPTURING, torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._outputs = self._function(self._inputs)
+        except BaseException:
+            # A capture that failed leaves its thread on the stream of the capture.
+            torch.cuda.set_stream(stream)
+            raise
 
     def replay(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies go in, so that the caller's tensors may move; and out, so that they stay."""

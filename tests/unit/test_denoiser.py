@@ -264,11 +264,17 @@ def test_what_is_remembered_cannot_be_written_to_and_yields_to_memory(
     assert text.runs == 0
     assert all(torch.equal(again[name], kept[name]) for name in names)
 
-    Counted(denoiser, "mid", monkeypatch).error = OutOfMemoryError("mid: out of memory")
-    with pytest.raises(OutOfMemoryError):
-        denoiser(*arguments(given))
+    mid = Counted(denoiser, "mid", monkeypatch)
+    mid.error = OutOfMemoryError("mid: out of memory")
+    assert torch.equal(denoiser(*arguments(given)), kept[PREDICTION])  # with the memory given back
+    assert (mid.runs, text.runs) == (2, 0)
     assert torch.equal(denoiser(*arguments(given)), kept[PREDICTION])
     assert text.runs == 1
+
+    assert denoiser.forget()
+    text.error = OutOfMemoryError("context: out of memory")
+    with pytest.raises(OutOfMemoryError):  # nothing was remembered that could have been given back
+        denoiser(*arguments(given))
 
 
 def test_a_network_in_one_graph_works_without_a_memory(

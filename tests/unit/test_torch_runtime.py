@@ -99,10 +99,12 @@ class FakeGraphs:
         self.most = 0
         self.modes: list[str] = []
         self.replays = 0
+        self.set_back: list[object] = []
         stream = SimpleNamespace(wait_stream=lambda _: None)
         for name, value in {
             "Stream": lambda: stream,
             "current_stream": lambda: stream,
+            "set_stream": self.set_back.append,
             "stream": lambda _: nullcontext(),
             "CUDAGraph": lambda: SimpleNamespace(replay=self._replay),
             "graph": self._capture,
@@ -177,6 +179,7 @@ def test_what_cannot_be_recorded_runs_without(
         found = recorded({"x": torch.ones(rows)})["y"]
         assert torch.equal(found, 2 * torch.ones(rows))
     assert (len(graphs.modes), graphs.replays) == (1, 0)
+    assert len(graphs.set_back) == 1  # a failed capture would leave the thread on its stream
     [warning] = caplog.messages
     assert warning.startswith("text.0 cannot be recorded: operation not permitted")
 
