@@ -65,6 +65,9 @@ class Dispatcher(Protocol):
         """Look into the noise cache of every worker that is up, or clear it there.
 
         For caches in the workers' memory: one on Redis is asked once, and by whoever wants to know.
+
+        Raises:
+            BackendUnavailableError: nobody can say which workers are up. To ask again does no harm.
         """
         ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from engine.ports import Clock
@@ -15,6 +15,8 @@ from server.switched import NOTHING, Switched, heed
 _log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
+_REMEMBERED_S = 600.0
+"""A worker that was on the router's list so lately may live, though it is on it no more."""
 
 
 class Ledger:
@@ -52,6 +54,8 @@ class Ledger:
         """What operators have changed; the next router is told, should this one die."""
         self.pulse: Pulse | None = None
         self.pulsed_at_s = 0.0
+        self._seen_at_s: dict[str, float] = {}
+        """When each worker was last on the router's list."""
         self._pulsed = asyncio.Event()
 
     def start(self) -> None:
@@ -92,6 +96,14 @@ class Ledger:
         """Whether the router has answered lately."""
         return self.pulse is not None and self._steady.now_s() - self.pulsed_at_s < CALL_TIMEOUT_S
 
+    def workers(self) -> tuple[str, ...]:
+        """Names of the workers that report, and of those that did in the last minutes.
+
+        A router that has just started lists those alone that have reported since, and one that a
+        gateway has lost rests for a while, alive or not.
+        """
+        return tuple(self._seen_at_s)
+
     async def beat(self) -> None:
         """Tell the router, and hear from it, once; what does not arrive is told the next time."""
         self._due.clear()
@@ -107,9 +119,15 @@ class Ledger:
             return
         self._ended.difference_update(ended)
         self.pulse, self.pulsed_at_s = pulse, self._steady.now_s()
+        self._see(pulse.workers)
         self._heard(pulse.load, asked_at_s)
         self.switch(pulse.switched)
         self._pulsed.set()
+
+    def _see(self, workers: Sequence[str]) -> None:
+        since_s = self.pulsed_at_s - _REMEMBERED_S
+        kept = {name: at_s for name, at_s in self._seen_at_s.items() if at_s >= since_s}
+        self._seen_at_s = {**kept, **dict.fromkeys(workers, self.pulsed_at_s)}
 
     async def _beat_forever(self) -> None:
         while True:

@@ -137,12 +137,22 @@ class RayDispatcher:
         return info
 
     async def ask_caches(self, order: CacheOrder) -> Sequence[CacheAnswer]:
-        """Ask every worker that the router knows; see :meth:`Dispatcher.ask_caches`."""
+        """Ask every worker that the router knows, or lately knew; see
+        :meth:`Dispatcher.ask_caches`.
+
+        A worker that only another gateway has ever heard of, and that is off the router's list now,
+        is not asked.
+        """
+        before = self._ledger.pulse
         await self._ledger.beat()
         pulse = self._ledger.pulse
-        return await ask_everywhere(
-            self._around.workers, pulse.workers if pulse is not None else (), order
-        )
+        if pulse is None or pulse is before:
+            raise BackendUnavailableError(
+                "the router, which knows the workers, does not answer; ask again"
+            )
+        if not pulse.workers:
+            raise BackendUnavailableError("no worker has reported yet; ask again in some seconds")
+        return await ask_everywhere(self._around.workers, self._ledger.workers(), order)
 
     async def set_log_level(self, level: Level) -> None:
         """Switch it here, and within seconds everywhere."""

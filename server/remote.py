@@ -77,6 +77,7 @@ class WorkersClient(Protocol):
 
         Raises:
             ReplicaLostError: it is gone.
+            TimeoutError: it cannot be reached, and may live on.
         """
         ...
 

@@ -131,6 +131,8 @@ class ServeWorkersClient:
             shares: tuple[CacheShare, ...] = await self._calls.ask_cache.remote(
                 order, replica=worker
             )
+        except ray_errors.ActorUnavailableError as error:
+            raise TimeoutError(f"worker {worker} cannot be reached") from error
         except _LOST as error:
             raise ReplicaLostError(f"worker {worker} is gone") from error
         return shares

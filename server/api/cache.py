@@ -101,6 +101,7 @@ def routes(services: Services) -> APIRouter:
     ) -> CacheCleared:
         """Say whose (`tenant` or `shared`), or of which weights (`model` or `checkpoint`), or both;
         or `everything`. On every worker; pictures that are being drawn may leave states afterwards.
+        503: some worker may still hold them, or nobody can say which workers there are; ask again.
 
         Models of the same weights, as fp32 beside int8, share their states.
         """
