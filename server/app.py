@@ -20,12 +20,10 @@ from server.config import ServeConfig
 from server.gateway_deployment import Gateway
 from server.router_deployment import RouterReplica
 from server.settings import Settings, deployed_config
-from server.worker import Worker
+from server.worker import SCALE_AHEAD_S, Worker
 
 NAME = "darkroom"
 
-SCALE_AHEAD_S = 10.0
-"""Workers are added while what is outstanding would take those that are there longer than this."""
 _UNBOUNDED = 100_000
 """Serve's own queues must never be what refuses: admission is the router's."""
 _HEAD = "node:__internal_head__"
@@ -84,15 +82,17 @@ def application(config: ServeConfig, log: Path | None = None) -> Application:
 def workers_wanted(ctx: AutoscalingContext) -> tuple[int, dict[str, Any]]:
     """Serve's autoscaling policy: workers for what is outstanding, counted in steps.
 
-    Each worker reports the same figures, of the whole application: the steps that wait or run, and
-    what one worker does in a second.
+    Each worker reports the same figures, of the whole application: the steps that wait or run,
+    what one worker does in a second, and for how many seconds workers may have work before more
+    are added.
     """
     metrics = ctx.aggregated_metrics or {}
     outstanding = max(metrics.get("outstanding_steps", {}).values(), default=0.0)
     rate = max(metrics.get("steps_per_s", {}).values(), default=0.0)
     if rate <= 0.0:
         return ctx.target_num_replicas, {}
-    wanted = -(-outstanding // (rate * SCALE_AHEAD_S))
+    ahead_s = min(metrics.get("scale_ahead_s", {}).values(), default=SCALE_AHEAD_S)
+    wanted = -(-outstanding // (rate * ahead_s))
     low, high = ctx.capacity_adjusted_min_replicas, ctx.capacity_adjusted_max_replicas
     return int(min(max(wanted, low), high)), {}
 

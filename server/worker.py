@@ -14,7 +14,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from engine.types import CacheShare
-from server.config import ServeConfig
+from server.config import AdmissionConfig, ServeConfig
 from server.log_pipe import log_to
 from server.messages import CacheOrder, ModelChange, ModelInfo, PictureTask, WorkerEvent
 from server.remote import CALL_TIMEOUT_S
@@ -31,6 +31,19 @@ _SWITCH_S = 5e-4
 """How long a thread may keep the interpreter while another waits for it. The step loop asks for it
 after every segment, and Python's own 5 ms are a fifth of a tick. What it gains is not established:
 see ``loadtests/RESULTS.md``, the server beside its engine."""
+SCALE_AHEAD_S = 10.0
+"""Workers are added while what is outstanding would take those that are there longer than this."""
+
+
+def scale_ahead_s(admission: AdmissionConfig) -> float:
+    """Seconds of outstanding work from which on workers are added.
+
+    Admission keeps what is outstanding near ``max_wait_s``: only a threshold well below that can be
+    passed, however great the overload.
+    """
+    if admission.max_wait_s is None:
+        return SCALE_AHEAD_S
+    return min(SCALE_AHEAD_S, admission.max_wait_s / 2)
 
 
 class Worker:
@@ -55,6 +68,7 @@ class Worker:
         self._calls: dict[str, asyncio.Task[Any]] = {}
         self._catching_up: asyncio.Task[None] | None = None
         self._outstanding_steps = 0.0
+        self._scale_ahead_s = scale_ahead_s(config.admission)
         self._reporting = asyncio.get_running_loop().create_task(self._report_forever())
 
     async def draw(
@@ -104,10 +118,11 @@ class Worker:
         return f"worker/{self._core.name}", self._core.metrics_text()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Asked by Serve where workers scale: the steps outstanding in the whole application."""
+        """Asked by Serve where workers scale: see :func:`server.app.workers_wanted`."""
         return {
             "outstanding_steps": self._outstanding_steps,
             "steps_per_s": self._core.load().steps_per_s,
+            "scale_ahead_s": self._scale_ahead_s,
         }
 
     async def check_health(self) -> None:

@@ -9,22 +9,31 @@ import pytest
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 
 from engine.errors import InvalidRequestError
-from server.app import SCALE_AHEAD_S, application, build, workers_wanted
-from server.config import ServeConfig
+from server.app import application, build, workers_wanted
+from server.config import AdmissionConfig, ServeConfig
+from server.worker import SCALE_AHEAD_S, scale_ahead_s
 
 RATE = 100.0
 
 
-def context(outstanding: dict[str, float], *, rate: float = RATE, now: int = 2) -> Any:
+def context(
+    outstanding: dict[str, float],
+    *,
+    rate: float = RATE,
+    ahead_s: float = SCALE_AHEAD_S,
+    now: int = 2,
+    most: int = 4,
+) -> Any:
     metrics = {
         "outstanding_steps": outstanding,
         "steps_per_s": dict.fromkeys(outstanding, rate),
+        "scale_ahead_s": dict.fromkeys(outstanding, ahead_s),
     }
     return SimpleNamespace(
         aggregated_metrics=metrics,
         target_num_replicas=now,
         capacity_adjusted_min_replicas=1,
-        capacity_adjusted_max_replicas=4,
+        capacity_adjusted_max_replicas=most,
     )
 
 
@@ -34,6 +43,21 @@ def context(outstanding: dict[str, float], *, rate: float = RATE, now: int = 2) 
 )
 def test_workers_follow_the_steps_that_are_outstanding(outstanding: float, wanted: int) -> None:
     assert workers_wanted(context({"a": outstanding, "b": outstanding})) == (wanted, {})
+
+
+@pytest.mark.parametrize("max_wait_s", [2.0, 5.0, 10.0, 15.0])
+def test_an_overload_adds_workers_however_short_the_bound_on_the_wait(max_wait_s: float) -> None:
+    ahead_s = scale_ahead_s(AdmissionConfig(max_wait_s=max_wait_s))
+    allowed = 4 * RATE * max_wait_s  # what admission lets four workers have before them
+    overloaded = context({"a": allowed}, ahead_s=ahead_s, now=4, most=16)
+    assert workers_wanted(overloaded)[0] == 8
+    calm = context({"a": 0.4 * allowed}, ahead_s=ahead_s, now=4, most=16)
+    assert workers_wanted(calm)[0] <= 4
+
+
+@pytest.mark.parametrize("max_wait_s", [30.0, 600.0, None])
+def test_a_long_wait_or_an_unbounded_one_is_not_waited_for(max_wait_s: float | None) -> None:
+    assert scale_ahead_s(AdmissionConfig(max_wait_s=max_wait_s)) == SCALE_AHEAD_S
 
 
 def test_without_a_measurement_nothing_changes() -> None:
