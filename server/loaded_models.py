@@ -151,12 +151,16 @@ class LoadedModels:
                     f"the same plan is served as {self._names[plan.digest]!r}", field="path"
                 )
             self._shelf.add(configured.id, weights_bytes(plan))
+            self._configured = {**self._configured, configured.id: configured}
             self._plans = {**self._plans, configured.id: plan}
             try:
                 self._warm(configured.id)
             except BaseException:
                 self._shelf.remove(configured.id).result()
                 self._plans = {i: kept for i, kept in self._plans.items() if i != configured.id}
+                self._configured = {
+                    i: kept for i, kept in self._configured.items() if i != configured.id
+                }
                 raise
             self._note(configured, plan)
             return self._infos[configured.id]
@@ -191,8 +195,8 @@ class LoadedModels:
             if name == next(iter(self._infos)):
                 raise InvalidRequestError(f"{name} is the default model", field="model")
             self._infos = {i: info for i, info in self._infos.items() if i != name}
-            self._configured = {i: kept for i, kept in self._configured.items() if i != name}
             self._shelf.remove(name).result()
+            self._configured = {i: kept for i, kept in self._configured.items() if i != name}
             self._plans = {i: plan for i, plan in self._plans.items() if i != name}
             self._names = {d: n for d, n in self._names.items() if d != digest}
 
@@ -214,7 +218,7 @@ class LoadedModels:
         plan = self._plans[name]
         quiet = self._engine.live == 0
         before_bytes = used_bytes(self._device)
-        model = self._host.open(plan)
+        model = self._host.open(plan, self._configured[name])
         try:
             self._engine.load(model, name=name)
         except BaseException:
@@ -249,7 +253,7 @@ class LoadedModels:
         if not self._shelf.is_open(name):
             self._note(configured, plan)
             return
-        model = self._host.open(plan)
+        model = self._host.open(plan, configured)
         # Its ticks are told from the moment on in which it takes over.
         self._names = {**self._names, plan.digest: name}
         try:

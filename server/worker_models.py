@@ -38,8 +38,6 @@ class ModelHost:
         self._threads = config.workers.threads_of(settings.threads)
         self._models_folder = settings.models
         self._store = PlanStore(settings.plans, max_bytes=settings.plans_max_bytes)
-        self._wanted: dict[str, RuntimeChoices] = {}
-        """By plan."""
         self._runtimes: dict[RuntimeChoices, Runtime] = {}
         self._lock = threading.Lock()
 
@@ -50,7 +48,7 @@ class ModelHost:
             InvalidRequestError: there is no such folder, or it cannot run as it is configured.
             CheckpointError, UnsupportedError, PlanError: it cannot be compiled; says why.
         """
-        wanted = model.runtime(self._device)
+        model.runtime(self._device)  # refused before anything is compiled for it
         folder = model.path or self._models_folder / model.id
         if not (folder / "model_index.json").is_file():
             raise InvalidRequestError(
@@ -64,20 +62,16 @@ class ModelHost:
         choices = PlanChoices(
             backend=model.backend, precision=model.precision, min_snr_db=model.int8_min_snr_db
         )
-        plan = choices.build(self._store, Checkpoint.open(folder), tell)
-        with self._lock:
-            self._wanted[plan.digest] = wanted
-        return plan
+        return choices.build(self._store, Checkpoint.open(folder), tell)
 
-    def open(self, plan: Plan) -> Model:
-        """Open every graph of a plan that came from :meth:`plan`, to run as was configured there.
+    def open(self, plan: Plan, model: ModelConfig) -> Model:
+        """Open every graph of a plan, to run as ``model`` is configured; others of the same plan
+        may run otherwise.
 
         Raises:
             PlanCorruptError, BackendUnavailableError: see :meth:`engine.runtime.Runtime.open`.
         """
-        with self._lock:
-            wanted = self._wanted[plan.digest]
-        return Model.open(plan, self._runtime(wanted))
+        return Model.open(plan, self._runtime(model.runtime(self._device)))
 
     def close(self) -> None:
         """Close the runtimes. Closing twice is harmless."""

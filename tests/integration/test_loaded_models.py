@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from engine.errors import CheckpointError, InvalidRequestError
+from engine.runtime import Runtime, choices
 from server.config import ModelConfig, ServeConfig
 from server.errors import ConflictError
 from server.messages import Drawn, Failed, Stepped, WorkerEvent
@@ -164,6 +165,24 @@ def test_models_are_added_and_removed_in_traffic(opened: Open, checkpoints: Path
         await draw(worker, "two")
 
     asyncio.run(scenario())
+
+
+def test_a_model_that_was_refused_changes_nothing_of_how_the_others_run(
+    opened: Open, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = opened(checkpoints / "one", checkpoints / "two", memory_budget_bytes=1)
+    again = ModelConfig(id="b", path=checkpoints / "one", backend="torch", compile=True)
+    with pytest.raises(ConflictError, match="served as 'one'"):
+        worker.models.add(again)
+
+    def opens_another(name: str, **_: object) -> Runtime:
+        raise AssertionError(f"another runtime: {name}")
+
+    monkeypatch.setattr(choices, "open_runtime", opens_another)
+    asyncio.run(draw(worker, "two"))  # closes the other
+    assert set(worker.report().rates) == {"two"}
+    asyncio.run(draw(worker, "one"))
+    assert set(worker.report().rates) == {"one"}
 
 
 def test_what_cannot_be_added_or_removed(opened: Open, checkpoints: Path, tmp_path: Path) -> None:
