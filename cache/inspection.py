@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -18,12 +20,15 @@ _LOG_LIMIT_AFTER_CLEAR = 16
 _LOOK_AT_ONCE = 500
 _SCAN_COUNT = 1000
 
+_log = logging.getLogger(__name__)
+
 
 class Operator:
     """Looks into the namespaces on a server. The client stays the caller's.
 
     Unlike what requests call, it says when Redis cannot be asked: every method raises
-    ``BackendUnavailableError`` then.
+    ``BackendUnavailableError`` then. What is on the server and no noise cache wrote is left out,
+    and the log says how much: one bad value hides nobody else's states, nor keeps them.
     """
 
     def __init__(self, client: redis.Redis) -> None:
@@ -34,9 +39,9 @@ class Operator:
         """What is held within ``scope``, the largest share first, each with its ``best`` states."""
         with _asking():
             found = [
-                self._share(namespace, size_bytes, states, best)
+                share
                 for namespace, size_bytes, states in self._sizes(scope)
-                if states
+                if states and (share := self._share(namespace, size_bytes, states, best))
             ]
         return sorted(found, key=lambda share: -share.size_bytes)
 
@@ -56,24 +61,41 @@ class Operator:
     def _namespaces(self, scope: CacheScope) -> list[Namespace]:
         """Those that any worker has opened, the most recent first."""
         listed = cast(list[bytes], self._client.zrevrange(REGISTRY, 0, -1))
-        known = (Namespace.named(item.decode()) for item in listed)
+        known = [name for item in listed if (name := _namespace(item)) is not None]
+        _tell_left_out(len(listed) - len(known), "members of the registry")
         return [name for name in known if scope.covers(name.tenant, name.checkpoint)]
 
     def _sizes(self, scope: CacheScope) -> Iterator[tuple[Namespace, int, int]]:
         """(namespace, charged bytes, states) of each, a few hundred in a round trip."""
+        left_out = 0
         for part in _batches(self._namespaces(scope), _LOOK_AT_ONCE):
             pipeline = self._client.pipeline(transaction=False)
             for namespace in part:
                 pipeline.get(namespace.size)
                 pipeline.zcard(namespace.scores)
-            answers = pipeline.execute()
+            answers = pipeline.execute(raise_on_error=False)
             for namespace, size, states in zip(part, answers[::2], answers[1::2], strict=True):
-                yield namespace, int(size or 0), int(states)
+                try:
+                    sizes = int(_told(size) or 0), int(_told(states))
+                except ValueError:
+                    left_out += 1
+                else:
+                    yield namespace, *sizes
+        _tell_left_out(left_out, "namespaces")
 
-    def _share(self, namespace: Namespace, size_bytes: int, states: int, best: int) -> CacheShare:
-        scanned = self._client.zscan_iter(namespace.scores, count=_SCAN_COUNT)
-        entries = len({entry_of(state.decode()) for state, _ in scanned})
-        return _share(namespace, entries, states, size_bytes, self._best(namespace, best))
+    def _share(
+        self, namespace: Namespace, size_bytes: int, states: int, best: int
+    ) -> CacheShare | None:
+        """None for a namespace whose keys hold something else."""
+        try:
+            scanned = self._client.zscan_iter(namespace.scores, count=_SCAN_COUNT)
+            entries = len({entry_of(state.decode(errors="replace")) for state, _ in scanned})
+            return _share(namespace, entries, states, size_bytes, self._best(namespace, best))
+        except redis.ResponseError as error:
+            if not _is_of_another_type(error):
+                raise
+            _tell_left_out(1, "namespaces")
+            return None
 
     def _best(self, namespace: Namespace, count: int) -> tuple[CachedState, ...]:
         if not count:
@@ -84,23 +106,62 @@ class Operator:
         )
         if not highest:
             return ()
-        names = [f"m:{state.decode()}" for state, _ in highest]
+        names = [b"m:" + state for state, _ in highest]
         told = cast(list[bytes | None], self._client.hmget(namespace.states, names))
-        found = []
-        for (state, score), meta in zip(highest, told, strict=True):
-            if meta is not None:  # None: evicted between both commands
-                charge, uses, kind, log_snr = meta.decode().split("|")
-                found.append(
-                    CachedState(
-                        id=state.decode(),
-                        kind=kind,
-                        log_snr=float(log_snr),
-                        uses=int(uses),
-                        size_bytes=int(charge),
-                        score=score,
-                    )
-                )
-        return tuple(found)
+        there = [  # what is not was evicted between both commands
+            (state, score, meta)
+            for (state, score), meta in zip(highest, told, strict=True)
+            if meta is not None
+        ]
+        read = [found for about in there if (found := _state(*about)) is not None]
+        _tell_left_out(len(there) - len(read), "states")
+        return tuple(read)
+
+
+def _namespace(item: bytes) -> Namespace | None:
+    try:
+        return Namespace.named(item.decode())
+    except ValueError:
+        return None
+
+
+def _state(name: bytes, score: float, meta: bytes) -> CachedState | None:
+    try:
+        charge, uses, kind, log_snr = meta.decode().split("|")
+        read = CachedState(
+            id=name.decode(),
+            kind=kind,
+            log_snr=float(log_snr),
+            uses=int(uses),
+            size_bytes=int(charge),
+            score=score,
+        )
+    except ValueError:
+        return None
+    return read if math.isfinite(score) else None
+
+
+def _told(answer: Any) -> Any:
+    """An answer out of a pipeline.
+
+    Raises:
+        ValueError: the key holds something else.
+        redis.RedisError: Redis could not be asked.
+    """
+    if _is_of_another_type(answer):
+        raise ValueError("a key of another type")
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _is_of_another_type(answer: Any) -> bool:
+    return isinstance(answer, redis.ResponseError) and str(answer).startswith("WRONGTYPE")
+
+
+def _tell_left_out(count: int, what: str) -> None:
+    if count:
+        _log.warning("the noise cache leaves out %d %s on Redis: not readable", count, what)
 
 
 def _share(

@@ -41,9 +41,21 @@ class Namespace:
 
     @classmethod
     def named(cls, name: str) -> Namespace:
-        """The namespace of that :attr:`name`."""
-        tenant, checkpoint = json.loads(name)
-        return cls(tenant, checkpoint)
+        """The namespace of that :attr:`name`.
+
+        Raises:
+            ValueError: it is no namespace's name.
+        """
+        try:
+            match json.loads(name):
+                case [None | str() as tenant, str() as checkpoint]:
+                    named = cls(tenant, checkpoint)
+                    # Keys cannot be made of half a surrogate pair, and no two names are one's.
+                    if named.tag and named.name == name:
+                        return named
+        except (ValueError, RecursionError):
+            pass
+        raise ValueError("not the name of a namespace")  # which may be anything: not repeated
 
     @property
     def states(self) -> str:

@@ -21,13 +21,20 @@ from __future__ import annotations
 
 from cache.accounting import MAX_CLAIMS
 
-_COMMON = """#!lua flags=allow-oom
+LOG_TTL_S = 24 * 3600
+"""What a log has to live that is made anew by other than an offer, which knows the cache's own."""
+
+_COMMON = (
+    f"#!lua flags=allow-oom\nlocal LOG_TTL_S = {LOG_TTL_S}"
+    + """
 local states, scores, size, log = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 
 local function entry_of(state) return string.match(state, '^(.*)%.[^.]*$') end
 
+-- Whoever notes in a log that had gone makes it anew: no key may stay for ever.
 local function note(limit, ...)
   redis.call('XADD', log, 'MAXLEN', '=', limit, '*', ...)
+  if redis.call('TTL', log) < 0 then redis.call('EXPIRE', log, LOG_TTL_S) end
 end
 
 -- Forgets a state, and its entry with the last one; returns the bytes given back.
@@ -77,6 +84,7 @@ local function keep_alive(ttl)
   for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, ttl) end
 end
 """
+)
 
 FETCH = (
     _COMMON
@@ -193,15 +201,20 @@ CLEAR = (
     _COMMON
     + """
 -- ARGV: log limit. Forgets the namespace, and tells every index.
--- Returns how many entries, states and charged bytes there were.
+-- Returns how many entries, states and charged bytes there were. Clearing is also the remedy for
+-- keys that hold something else: those count as nothing, and go.
+if redis.call('EXISTS', states, scores, size, log) == 0 then return {0, 0, 0} end
 local seen, entries = {}, 0
-local held = redis.call('ZRANGE', scores, 0, -1)
+local held = redis.pcall('ZRANGE', scores, 0, -1)
+if held.err then held = {} end
 for _, state in ipairs(held) do
-  local entry = entry_of(state)
+  local entry = entry_of(state) or state
   if not seen[entry] then seen[entry], entries = true, entries + 1 end
 end
-local bytes = tonumber(redis.call('GET', size) or '0')
-redis.call('DEL', states, scores, size)
+local counted = redis.pcall('GET', size)
+local bytes = type(counted) == 'string' and tonumber(counted) or 0
+redis.call('UNLINK', states, scores, size) -- the hash is large, and clients wait meanwhile
+if redis.call('TYPE', log).ok ~= 'stream' then redis.call('UNLINK', log) end
 note(ARGV[1], 'f', '1')
 return {entries, #held, bytes}
 """

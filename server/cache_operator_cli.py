@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import typer
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from engine.errors import InvalidRequestError
+from engine.errors import BackendUnavailableError, InvalidRequestError
 from engine.types import CacheScope
 from server.cache_contents import backend_of, forgotten, on_redis, redis_operator
 from server.config import ServeConfig
@@ -18,6 +19,7 @@ from server.schemas.cache import CacheCleared, CacheReport
 from server.settings import Settings, served_config
 
 _out = Console()
+Body = TypeVar("Body", bound=BaseModel)
 
 TenantOption = Annotated[str | None, typer.Option(help="This tenant's states alone.")]
 SharedOption = Annotated[bool, typer.Option("--shared", help="Those alone that all share.")]
@@ -121,7 +123,7 @@ def clear(
     else:
         query = _query(tenant, shared, model) | ({"everything": True} if everything else {})
         told = call("DELETE", url or LOCAL, "/v1/cache", key_file, query=query)
-        gone = CacheCleared.model_validate(told)
+        gone = _read(CacheCleared, told, url or LOCAL)
     for share in gone.shares:
         _out.print(
             f"{_who(share.tenant)}, checkpoint {share.checkpoint[:12]}: {share.states} states of"
@@ -149,7 +151,18 @@ def _look(
         with redis_operator(served.redis) as operator:
             return on_redis(served, operator.shares(scope, best=best), {}, best=best)
     query = _query(tenant, shared, model) | {"best": best}
-    return CacheReport.model_validate(call("GET", url or LOCAL, "/v1/cache", key_file, query=query))
+    told = call("GET", url or LOCAL, "/v1/cache", key_file, query=query)
+    return _read(CacheReport, told, url or LOCAL)
+
+
+def _read(body: type[Body], told: dict[str, Any], url: str) -> Body:
+    try:
+        return body.model_validate(told)
+    except ValidationError as error:
+        raise BackendUnavailableError(
+            f"what answers at {url} is no Darkroom, or one of another version: its reply to"
+            f" /v1/cache is no {body.__name__} ({error.error_count()} fields differ)"
+        ) from None
 
 
 def _query(tenant: str | None, shared: bool, model: str | None) -> dict[str, str | int | bool]:

@@ -35,7 +35,8 @@ class ModelConfig(Section):
     compile: bool | None = None
     """With ``torch``: compile with inductor, a minute or more for each shape; by default off."""
     cuda_graphs: bool | None = None
-    """With ``torch`` or ``tensorrt`` on CUDA: record each shape and replay it; by default on."""
+    """With ``torch`` or ``tensorrt`` on CUDA: record each shape and replay it; by default on with
+    ``tensorrt``, off with ``torch``."""
     provider: Literal["cpu", "cuda", "tensorrt"] | None = None
     """With ``onnxruntime``: its execution provider; by default the device's own."""
 

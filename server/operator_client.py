@@ -32,7 +32,7 @@ def call(
 
     Raises:
         ServerError: the server's own refusal.
-        InvalidRequestError: the key's file cannot be read.
+        InvalidRequestError: the key's file cannot be read, or holds more than a key.
         BackendUnavailableError: nothing answers there, or something else does.
     """
     import httpx  # a part of a second that no other command should cost
@@ -46,11 +46,15 @@ def call(
             reply = client.request(
                 method, url.rstrip("/") + path, json=body, params=query, headers=headers
             )
+    except httpx.LocalProtocolError as error:
+        # Its kind only: the message quotes what may not be sent, and that may be the key.
+        raise BackendUnavailableError(f"{url} cannot be asked: {type(error).__name__}") from None
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise BackendUnavailableError(f"{url} does not answer: {error}") from None
+    try:
         found: dict[str, Any] = reply.json() if reply.content else {}
         if reply.is_error:
             raise ServerError(found["error"]["message"])
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise BackendUnavailableError(f"{url} does not answer: {error}") from None
     except (ValueError, KeyError, TypeError):
         raise BackendUnavailableError(
             f"what answers at {url} is no Darkroom: status {reply.status_code}"
@@ -60,8 +64,14 @@ def call(
 
 def _key_in(file: Path) -> str:
     try:
-        return file.read_text().strip()
+        key = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequestError(
             f"{file} cannot be read as a key: {type(error).__name__}", field="key_file"
         ) from error
+    if not (key and key.isascii() and key.isprintable()):  # a line's end is not printable
+        raise InvalidRequestError(
+            f"{file} must hold an operator's key and nothing else: one line of printable ASCII",
+            field="key_file",
+        )
+    return key

@@ -31,7 +31,8 @@ class NewModel(Body):
     compile: bool | None = None
     """With `torch`: compile with inductor, a minute or more for each shape. By default off."""
     cuda_graphs: bool | None = None
-    """With `torch` or `tensorrt` on CUDA: record each shape and replay it. By default on there."""
+    """With `torch` or `tensorrt` on CUDA: record each shape and replay it. By default on with
+    `tensorrt`, off with `torch`."""
     provider: Literal["cpu", "cuda", "tensorrt"] | None = None
     """With `onnxruntime`: its execution provider, by default the device's own."""
 
