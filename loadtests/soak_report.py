@@ -44,7 +44,7 @@ def chart(samples: Sequence[Sample], warm_up_s: float, path: Path) -> None:
     for axes, field, label in zip(
         panels,
         ("memory_mb", "open_files", "threads"),
-        ("memory (PSS), MB", "open files", "threads"),
+        ("own memory (USS), MB", "open files", "threads"),
         strict=True,
     ):
         for name in names:
