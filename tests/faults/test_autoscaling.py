@@ -23,7 +23,7 @@ def test_workers_follow_the_steps_that_are_outstanding(
         plans,
         tmp_path / "home",
         limits={"max_steps": LONG_STEPS},
-        admission={"max_queued_steps": 2 * LONG_STEPS * CLIENTS},
+        admission={"max_queued_steps": 2 * LONG_STEPS * CLIENTS, "max_wait_s": None},
         workers={"replicas": 1, "max_replicas": 2, "scale_down_after_s": 5.0},
     ) as served:
         asked = draw_many(served, CLIENTS)
