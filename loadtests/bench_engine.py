@@ -63,7 +63,7 @@ def main() -> None:
         for turn in range(options.turns):
             for name in options.contenders:
                 print(f"{name}, {threads} threads, turn {turn + 1} …", file=sys.stderr)
-                turns.setdefault((name, threads), []).append(_in_child(name, threads))
+                turns.setdefault((name, threads), []).append(_in_child(options, name, threads))
     results = {key: _median(runs) for key, runs in turns.items()}
     _print(options, results)
     if options.json is not None:
@@ -71,9 +71,10 @@ def main() -> None:
         options.json.write_text(json.dumps(rows, indent=1))
 
 
-def _in_child(name: str, threads: int) -> dict[str, Any]:
-    given = [a for a in sys.argv[1:] if a != "--json"]
-    command = [sys.executable, "-m", "loadtests.bench_engine", *given]
+def _in_child(options: argparse.Namespace, name: str, threads: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", "loadtests.bench_engine", "--model", options.model]
+    command += ["--steps", str(options.steps), "--rounds", str(options.rounds)]
+    command += ["--batches", *map(str, options.batches)]
     command += ["--child", name, "--threads", str(threads)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
