@@ -30,7 +30,7 @@ class ProcessSample:
     """One process at one time. Memory in MB (10⁶ bytes), of its own pages alone (USS).
 
     Shared pages would count in part by PSS, and in smaller parts as soon as anything else on the
-    machine loads the same libraries, of which a worker has a hundred megabytes and more.
+    machine loads the same libraries: steps that say nothing of the process.
     """
 
     at_s: float
