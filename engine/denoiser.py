@@ -200,6 +200,8 @@ def _given(
 ) -> dict[str, Tensor]:
     """What a graph will be fed, as it was given: the very tensors, of whatever dtype."""
     inputs = {p.name: known[p.source] for p in graph.spec.inputs if p.source in known}
+    if not factors:
+        return inputs
     return inputs | {p.name: factors[p.name] for p in graph.spec.factors if p.name in factors}
 
 
@@ -227,11 +229,16 @@ def _feeds(
             if port.optional:
                 continue
             raise ExecutionError(f"{graph.spec.name} needs {port.source}, which nothing made")
-        tensor = known[port.source].to(getattr(torch, port.dtype))
+        tensor = _as(known[port.source], port.dtype)
         if port.skip is not None and port.skip in residuals:
             tensor = tensor + residuals[port.skip].to(tensor)
         feeds[port.name] = tensor
-    for port in graph.spec.factors:
+    for port in graph.spec.factors if factors else ():
         if port.name in factors:
-            feeds[port.name] = factors[port.name].to(getattr(torch, port.dtype))
+            feeds[port.name] = _as(factors[port.name], port.dtype)
     return feeds
+
+
+def _as(tensor: Tensor, dtype: str) -> Tensor:
+    wanted: torch.dtype = getattr(torch, dtype)
+    return tensor if tensor.dtype is wanted else tensor.to(wanted)

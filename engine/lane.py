@@ -22,11 +22,26 @@ _FIRST_CAPACITY = 4
 _FLOAT_BYTES = 4
 
 
+_Forms = np.ndarray[tuple[int, int, int], np.dtype[np.float32]]
+
+
 @dataclass(frozen=True, slots=True)
 class _Gathered:
-    """Conditioning of the rows of one tick, in their order; ``key`` says which rows."""
+    """What the rows of one tick share with those of the next, if the same members go on.
+
+    Attributes:
+        key: slots of the members, and positions of the guided ones.
+        members: (members,) slots.
+        rows: (rows,) slots: every member's prompt row, then the negative rows.
+        guided: (guided,) positions of the members that have a negative row.
+        order: the members' positions in the order of ``rows``.
+    """
 
     key: tuple[tuple[int, ...], tuple[int, ...]]
+    members: torch.Tensor
+    rows: torch.Tensor
+    guided: torch.Tensor
+    order: tuple[int, ...]
     context: torch.Tensor
     added: dict[str, torch.Tensor]
 
@@ -46,6 +61,7 @@ class Lane:
         # slots + 1 planes: the solver's state stack, then the last clean prediction.
         self._planes = slots + 1
         self._arrays: dict[str, torch.Tensor] = {}
+        self._forms: dict[str, _Forms] = {}
         self._capacity = 0
         self._gathered: _Gathered | None = None
 
@@ -81,47 +97,53 @@ class Lane:
                 self._arrays.pop(name, None)
             raise
         self.members[trajectory.id] = (slot, trajectory)
+        self._forms[trajectory.id] = _forms(trajectory)
         self._gathered = None
 
     def leave(self, trajectory_id: str) -> None:
         """Free a member's slot."""
         self._gathered = None
         slot, _ = self.members.pop(trajectory_id)
+        del self._forms[trajectory_id]
         self._free.append(slot)
 
     def rows(self, members: Sequence[Trajectory]) -> Rows:
         """Gather the inputs of one walk."""
-        slots = self._slots(members)
-        wants = [i for i, member in enumerate(members) if member.guided[member.row]]
-        guided = torch.tensor(wants, dtype=torch.long, device=self._device)
-        order = torch.cat([torch.arange(len(members), device=self._device), guided])
-        kind = torch.zeros(len(order), dtype=torch.long, device=self._device)
-        kind[len(members) :] = 1
-        sample = self._arrays["state"][slots, 0]
+        gathered = self._gather(members)
+        sample = self._arrays["state"][gathered.rows, 0]
         if "extra" in self._arrays:
-            sample = torch.cat([sample, self._arrays["extra"][slots]], dim=1)
-        times = torch.tensor(
-            [member.table.timesteps[member.row] for member in members],
-            dtype=torch.float32,
-            device=self._device,
+            sample = torch.cat([sample, self._arrays["extra"][gathered.rows]], dim=1)
+        times = [float(member.table.timesteps[member.row]) for member in members]
+        return Rows(
+            sample,
+            torch.tensor([times[i] for i in gathered.order], device=self._device),
+            gathered.context,
+            gathered.added,
+            gathered.guided,
         )
-        text = self._conditioning(slots[order], kind)
-        return Rows(sample[order], times[order], text.context, text.added, guided)
 
-    def _conditioning(self, slots: torch.Tensor, kind: torch.Tensor) -> _Gathered:
-        """Gathered once for as long as the same rows tick together: it is most of what they read.
-
-        Args:
-            slots, kind: (rows,) whose conditioning, and whether its prompt (0) or negative (1).
-        """
-        key = tuple(slots.tolist()), tuple(kind.tolist())
-        if self._gathered is None or self._gathered.key != key:
-            added = {
-                name.removeprefix("added."): array[slots, kind]
-                for name, array in self._arrays.items()
-                if name.startswith("added.")
-            }
-            self._gathered = _Gathered(key, self._arrays["context"][slots, kind], added)
+    def _gather(self, members: Sequence[Trajectory]) -> _Gathered:
+        """Gather once while the same rows tick together: it is most of what they read."""
+        chosen = self._chosen(members)
+        wants = tuple(i for i, member in enumerate(members) if member.guided[member.row])
+        if self._gathered is None or self._gathered.key != (chosen, wants):
+            order = (*range(len(members)), *wants)
+            slots = self._indices([chosen[i] for i in order])
+            # Whether a row takes the prompt (0) or the negative one (1).
+            kind = self._indices([0] * len(members) + [1] * len(wants))
+            self._gathered = _Gathered(
+                key=(chosen, wants),
+                members=self._indices(chosen),
+                rows=slots,
+                guided=self._indices(wants),
+                order=order,
+                context=self._arrays["context"][slots, kind],
+                added={
+                    name.removeprefix("added."): array[slots, kind]
+                    for name, array in self._arrays.items()
+                    if name.startswith("added.")
+                },
+            )
         return self._gathered
 
     def advance(self, members: Sequence[Trajectory], out: torch.Tensor) -> None:
@@ -142,13 +164,13 @@ class Lane:
             [self._arrays["state"][slots, :-1], out[:, None], noise[:, None].to(self._device)],
             dim=1,
         )
-        matrices = torch.from_numpy(np.stack([_matrix(member) for member in members]))
-        moved = torch.bmm(matrices.float().to(self._device), vectors.flatten(2))
+        matrices = np.stack([self._forms[member.id][member.row] for member in members])
+        moved = torch.bmm(torch.from_numpy(matrices).to(self._device), vectors.flatten(2))
         moved = moved.view(len(members), self._planes, *shape)
         for i, member in enumerate(members):
             member.row += 1
             if member.blend is not None:
-                self._blend(moved[i, 0], member, int(slots[i]))
+                self._blend(moved[i, 0], member, self.members[member.id][0])
         self._arrays["state"][slots] = moved
 
     def snapshot(self, trajectory: Trajectory, grade: SnapshotGrade) -> Snapshot:
@@ -193,9 +215,17 @@ class Lane:
         mask = self._arrays["blend.mask"][slot]
         x.mul_(mask).add_((1.0 - mask) * kept)
 
+    def _chosen(self, members: Sequence[Trajectory]) -> tuple[int, ...]:
+        return tuple(self.members[member.id][0] for member in members)
+
     def _slots(self, members: Sequence[Trajectory]) -> torch.Tensor:
-        chosen = [self.members[member.id][0] for member in members]
-        return torch.tensor(chosen, dtype=torch.long, device=self._device)
+        chosen = self._chosen(members)
+        if self._gathered is not None and self._gathered.key[0] == chosen:
+            return self._gathered.members
+        return self._indices(chosen)
+
+    def _indices(self, values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self._device)
 
     def _array(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The slot array ``name``, made when a first member needs it."""
@@ -252,12 +282,12 @@ class Lane:
         self._capacity = capacity
 
 
-def _matrix(member: Trajectory) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    """The member's current table row, and under it the row that gives the clean prediction."""
-    transition = member.table.transition[member.row]
-    clean = np.zeros((1, transition.shape[1]))
-    clean[0, 0], clean[0, -2] = member.table.clean[member.row]
-    return np.concatenate([transition, clean])
+def _forms(member: Trajectory) -> _Forms:
+    """(rows, planes, columns): per table row its matrix, and under it the clean prediction's."""
+    table = member.table
+    clean = np.zeros((table.evaluations, 1, table.transition.shape[-1]))
+    clean[:, 0, 0], clean[:, 0, -2] = table.clean[:, 0], table.clean[:, 1]
+    return np.concatenate([table.transition, clean], axis=1, dtype=np.float32)
 
 
 def combine_guidance(
@@ -280,14 +310,17 @@ def combine_guidance(
         (members, …): ``negative + scale * (prompt - negative)`` where guided, rescaled.
     """
     members = len(out) - len(guided)
-    combined = out[:members].clone()
+    everybody = len(guided) == members
     each = (-1, *[1] * (out.ndim - 1))
-    prompt, negative = out[guided], out[members:]
+    prompt, negative = out[:members] if everybody else out[guided], out[members:]
     steered = negative + scales.view(each) * (prompt - negative)
     if rescale is not None:
         kept = (prompt.flatten(1).std(dim=1) / steered.flatten(1).std(dim=1)).view(each)
         part = rescale.view(each)
         # Rows without rescaling must come out bit-equal whoever shares their batch.
         steered = torch.where(part > 0, part * (steered * kept) + (1 - part) * steered, steered)
+    if everybody:
+        return steered
+    combined = out[:members].clone()
     combined[guided] = steered
     return combined

@@ -38,6 +38,19 @@ def _equal(known: Tensor, given: Tensor) -> bool:
     return alike and torch.equal(known, given)
 
 
+def _versions(inputs: Tensors) -> dict[str, int]:
+    return {name: tensor._version for name, tensor in inputs.items()}
+
+
+def _renewed(entry: _Entry, inputs: Tensors) -> _Entry:
+    """``entry`` with the tensors that it was asked for with: they are likely to come again."""
+    if any(tensor.is_inference() for tensor in inputs.values()):
+        return entry
+    if all(tensor is entry.inputs[name] for name, tensor in inputs.items()):
+        return entry
+    return _Entry(dict(inputs), _versions(inputs), entry.outputs)
+
+
 class TensorMemo:
     """The latest results of one function of tensors. Safe to use from several threads.
 
@@ -69,13 +82,12 @@ class TensorMemo:
         # Compared outside the lock: on a GPU it waits for the device.
         for entry in reversed(entries):
             if entry.is_for(inputs):
-                self._use(entry)
+                self._use(entry, instead=_renewed(entry, inputs))
                 return entry.outputs
         if any(tensor.is_inference() for tensor in inputs.values()):
             return compute()  # torch does not count the writes to these
-        versions = {name: tensor._version for name, tensor in inputs.items()}
-        entry = _Entry(dict(inputs), versions, compute())
-        self._use(entry)
+        entry = _Entry(dict(inputs), _versions(inputs), compute())
+        self._use(entry, instead=entry)
         return entry.outputs
 
     def clear(self) -> bool:
@@ -90,13 +102,13 @@ class TensorMemo:
             self._closed = True
             self._entries.clear()
 
-    def _use(self, entry: _Entry) -> None:
-        """Make ``entry`` the latest, and let go of the oldest beyond the bounds."""
+    def _use(self, entry: _Entry, *, instead: _Entry) -> None:
+        """Put ``instead`` in ``entry``'s place, as the latest; let go of the oldest ones."""
         with self._lock:
             if self._closed:
                 return
             kept = [known for known in self._entries if known is not entry]
-            kept.append(entry)
+            kept.append(instead)
             while len(kept) > 1 and (
                 len(kept) > self._max_entries
                 or sum(known.size_bytes for known in kept) > self._max_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -70,7 +71,7 @@ def walk_members(
         for member in members:
             _add(outcome, walk_members(lane, [member], network, times))
         return outcome
-    finite = torch.isfinite(out).flatten(1).all(dim=1).tolist()
+    finite = finite_rows(out)
     outcome.moved.extend((member, out[i]) for i, member in enumerate(members) if finite[i])
     for member in (member for i, member in enumerate(members) if not finite[i]):
         if len(members) == 1:
@@ -79,6 +80,15 @@ def walk_members(
         else:
             _add(outcome, walk_members(lane, [member], network, times))
     return outcome
+
+
+def finite_rows(out: torch.Tensor) -> list[bool]:
+    """Whether each row of (members, …) holds finite values only."""
+    rows = out.flatten(1)
+    # A sum is one pass, and tells in nearly every tick that there is nothing to look for.
+    if all(map(math.isfinite, rows.sum(dim=1).tolist())):
+        return [True] * len(out)
+    return torch.isfinite(rows).all(dim=1).tolist()
 
 
 def _add(outcome: Outcome, more: Outcome) -> None:

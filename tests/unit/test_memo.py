@@ -40,6 +40,21 @@ def test_the_same_tensor_and_an_equal_one_are_known(double: Doubling) -> None:
     assert double.runs == 1
 
 
+def test_an_equal_tensor_takes_the_place_of_the_one_that_it_equals(
+    double: Doubling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values are compared once, not for as long as the newer tensor lives."""
+    x = torch.randn(3, 4)
+    first, again = double(x), x.clone()
+    assert double(again) is first
+    monkeypatch.setattr(torch, "equal", lambda *_: pytest.fail("compared by value"))
+    assert double(again) is first
+    again.add_(1)
+    monkeypatch.undo()
+    assert torch.equal(double(again), 2 * again)
+    assert double.runs == 2
+
+
 def test_anything_else_is_computed(double: Doubling) -> None:
     x = torch.ones(4)
     factor = torch.ones(1)
