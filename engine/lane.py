@@ -154,20 +154,17 @@ class Lane:
         """
         slots = self._slots(members)
         shape = self.key.latent_shape
-        noise = torch.zeros(len(members), *shape)
+        vectors = self._arrays["state"].index_select(0, slots)
+        vectors[:, -1] = out  # in the place of the last clean prediction, which no table reads
+        forms = np.stack([self._forms[member.id][member.row] for member in members])
+        matrices = torch.from_numpy(forms).to(self._device)
+        moved = torch.bmm(matrices[..., :-1], vectors.flatten(2)).view_as(vectors)
         for i, member in enumerate(members):
             if member.table.draws_noise[member.row]:
                 # Drawn here and on the CPU, as Diffusers does, so that neither batch mates nor
                 # the device change a picture; after the walk, so that a retry draws nothing twice.
-                noise[i] = torch.randn((1, *shape), generator=member.generator)[0]
-        vectors = torch.cat(
-            [self._arrays["state"][slots, :-1], out[:, None], noise[:, None].to(self._device)],
-            dim=1,
-        )
-        matrices = np.stack([self._forms[member.id][member.row] for member in members])
-        moved = torch.bmm(torch.from_numpy(matrices).to(self._device), vectors.flatten(2))
-        moved = moved.view(len(members), self._planes, *shape)
-        for i, member in enumerate(members):
+                noise = torch.randn((1, *shape), generator=member.generator).to(self._device)
+                moved[i] += matrices[i, :, -1].view(-1, 1, 1, 1) * noise
             member.row += 1
             if member.blend is not None:
                 self._blend(moved[i, 0], member, self.members[member.id][0])

@@ -199,6 +199,8 @@ class StepLoop:
 
     def _emit(self, lane: Lane, moved: Sequence[Trajectory], batch: Batch, began_s: float) -> None:
         now_s = self._clock.now_s()
+        # Before anybody is told: a decoder that has one takes a core from the copies of others.
+        latents = {member.id: lane.latent(member) for member in moved if not member.steps_left}
         for member in moved:
             event = StepEvent(
                 trajectory_id=member.id,
@@ -212,11 +214,11 @@ class StepLoop:
             if member.keep is not None and member.row in member.keep.rows:
                 _tell(member.keep.take, lane.snapshot(member, SnapshotGrade.STATE))
             _tell(member.listener.on_step, event)
-            if member.steps_left == 0:
-                latent = lane.latent(member)
+            if member.id in latents:
                 self._leave(member)
                 assert member.first_tick_at_s is not None
-                _tell(member.listener.on_done, latent, now_s - member.first_tick_at_s)
+                denoised_s = now_s - member.first_tick_at_s
+                _tell(member.listener.on_done, latents[member.id], denoised_s)
 
     # ------------------------------------------------------------------ on the loop's thread
 
