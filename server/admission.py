@@ -101,6 +101,12 @@ class Admission:
         if self._leases.pop(ticket_id, None) is not None:
             self._ended[ticket_id] = self._clock.now_s()
 
+    def give_back(self, grant: Grant) -> None:
+        """End a lease that nobody has heard of, unless its ticket has come again since."""
+        lease = self._leases.get(grant.ticket.id)
+        if lease is not None and lease.grant is grant:
+            self.end(grant.ticket.id)
+
     def heard(self, gateway: str, running: Iterable[Grant]) -> None:
         """A gateway lives, and this is what runs for it: renew its leases, or learn of them."""
         self._gateways[gateway] = self._clock.now_s()

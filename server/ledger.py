@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
 from engine.ports import Clock
 from server.remote import CALL_TIMEOUT_S, ReplicaLostError, RouterClient
-from server.routing import Grant, LoadTable, Pulse
+from server.routing import Grant, LoadTable, Pulse, Refused, Ticket
 from server.switched import NOTHING, Switched, heed
 
 _log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
+_GATHER_S = 0.05
+"""How long the end of a lease may wait for a request to go along with."""
+_TOLD_S = 60.0
+"""How long the end of a lease is kept for a router that does not answer: by then it is void."""
 _REMEMBERED_S = 600.0
 """A worker that was on the router's list so lately may live, though it is on it no more."""
 
@@ -22,9 +26,10 @@ _REMEMBERED_S = 600.0
 class Ledger:
     """Leases that run, and the router's last word on the whole application.
 
-    A beat goes out every second, and at once when a lease ends, so that its place is free for the
-    next; one call is on its way at a time, so that under load one beat ends many. Leases that ended
-    while no router answers are told to the next one.
+    A beat goes out every second, and when a lease ends, so that its place is free for the next: at
+    once unless it is :attr:`quiet`, and else after a moment, in which the next request may tell it
+    in passing. One beat is on its way at a time, so that under load one ends many. Leases that
+    ended while no router answers are told to the next one, if it comes soon.
 
     Args:
         clock: Unix time, in which processes tell each other what operators changed, and when.
@@ -47,8 +52,14 @@ class Ledger:
         self._clock = clock
         self._steady = steady or clock
         self._running: dict[str, Grant] = {}
-        self._ended: set[str] = set()
+        self._ended: dict[str, float] = {}
+        """When each ended that the router has not been told of yet."""
         self._due = asyncio.Event()
+        self._pressed = asyncio.Event()
+        """Set while something of ours is known to wait."""
+        self._pressed_at_s = 0.0
+        self._on_their_way = 0
+        """Beats that are not answered yet."""
         self._beating: asyncio.Task[None] | None = None
         self.switched = NOTHING
         """What operators have changed; the next router is told, should this one die."""
@@ -72,13 +83,41 @@ class Ledger:
     def hold(self, grant: Grant) -> None:
         """A lease begins."""
         self._running[grant.ticket.id] = grant
-        self._ended.discard(grant.ticket.id)
+        self._ended.pop(grant.ticket.id, None)
 
     def end(self, ticket_id: str) -> None:
         """A lease is over."""
         if self._running.pop(ticket_id, None) is not None:
-            self._ended.add(ticket_id)
-            self._due.set()
+            self.give_up([ticket_id])
+
+    def give_up(self, ticket_ids: Iterable[str]) -> None:
+        """Nobody waits for these any more, whether the router has granted them or not."""
+        now_s = self._steady.now_s()
+        self._ended.update(dict.fromkeys(ticket_ids, now_s))
+        self._due.set()
+
+    def press(self) -> None:
+        """Something of this gateway has to wait for a place: whatever ends is told at once."""
+        self._pressed_at_s = self._steady.now_s()
+        self._pressed.set()
+
+    async def enter(self, tickets: Sequence[Ticket]) -> Sequence[Grant | Refused]:
+        """Ask the router to let tickets begin at once, and tell it in passing what has ended.
+
+        Raises:
+            ReplicaLostError: it is gone, or out of reach, and may have granted them.
+        """
+        ended = tuple(self._ended)
+        news = await self._router.enter(tickets, ended)
+        if not self._on_their_way:  # a beat, sent when these still ran, may arrive after this
+            self._told(ended)
+        return news
+
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing waits in the router's queue, as far as is known."""
+        free = self.pulse is not None and not self.pulse.load.queued
+        return free and self.fresh() and not self._pressed.is_set()
 
     def switch(self, switched: Switched) -> None:
         """An operator has changed something, as this gateway has seen or heard."""
@@ -107,8 +146,11 @@ class Ledger:
     async def beat(self) -> None:
         """Tell the router, and hear from it, once; what does not arrive is told the next time."""
         self._due.clear()
-        ended = tuple(self._ended)
         asked_at_s = self._steady.now_s()
+        since_s = asked_at_s - _TOLD_S
+        self._ended = {id_: at_s for id_, at_s in self._ended.items() if at_s >= since_s}
+        ended = tuple(self._ended)
+        self._on_their_way += 1
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 pulse = await self._router.heartbeat(
@@ -117,12 +159,20 @@ class Ledger:
         except (ReplicaLostError, TimeoutError):
             _log.warning("the router does not answer; what runs goes on")
             return
-        self._ended.difference_update(ended)
+        finally:
+            self._on_their_way -= 1
+        self._told(ended)
+        if not pulse.load.queued and self._pressed_at_s < asked_at_s:
+            self._pressed.clear()
         self.pulse, self.pulsed_at_s = pulse, self._steady.now_s()
         self._see(pulse.workers)
         self._heard(pulse.load, asked_at_s)
         self.switch(pulse.switched)
         self._pulsed.set()
+
+    def _told(self, ended: Iterable[str]) -> None:
+        for id_ in ended:
+            self._ended.pop(id_, None)
 
     def _see(self, workers: Sequence[str]) -> None:
         since_s = self.pulsed_at_s - _REMEMBERED_S
@@ -133,4 +183,15 @@ class Ledger:
         while True:
             await self.beat()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._due.wait(), HEARTBEAT_S)
+                await asyncio.wait_for(self._until_due(), HEARTBEAT_S)
+
+    async def _until_due(self) -> None:
+        """Return when a lease has ended that no request has told the router of in passing."""
+        while True:
+            await self._due.wait()
+            if self.quiet:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._pressed.wait(), _GATHER_S)
+            if self._ended:
+                return
+            self._due.clear()

@@ -1,7 +1,8 @@
 """A dispatcher over a router and workers in other processes.
 
-For each request one admission call for all of its tasks, and for each task that is granted one
-streaming call to the very worker that the grant names: see :mod:`server.ray_drawing`.
+For each request one admission call for all of its tasks, or two where they wait, and for each task
+that is granted one streaming call to the very worker that the grant names: see
+:mod:`server.ray_drawing`.
 """
 
 from __future__ import annotations

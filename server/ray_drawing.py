@@ -186,6 +186,7 @@ class Drawing:
 
         return Grants(
             router=self._around.router,
+            ledger=self._around.ledger,
             left_s=self._left_s,
             watching=self._watching,
             held=self._hold,

@@ -11,7 +11,7 @@ from typing import Protocol
 from engine.types import CacheShare
 from server.errors import WorkerLostError
 from server.messages import CacheOrder, ModelChange, ModelInfo, PictureTask, WorkerEvent
-from server.routing import Grant, Pulse, RouterNews, Ticket
+from server.routing import Grant, Pulse, Refused, RouterNews, Ticket
 from server.switched import Switched
 
 CALL_TIMEOUT_S = 5.0
@@ -24,6 +24,12 @@ class ReplicaLostError(WorkerLostError):
 
 class RouterClient(Protocol):
     """:class:`server.router.Router` in another process. Any call may raise ReplicaLostError."""
+
+    async def enter(
+        self, tickets: Sequence[Ticket], ended: Sequence[str]
+    ) -> Sequence[Grant | Refused]:
+        """See :meth:`server.router.Router.enter`."""
+        ...
 
     def admit(self, tickets: Sequence[Ticket], watching: bool) -> AsyncGenerator[RouterNews, None]:
         """See :meth:`server.router.Router.admit`."""

@@ -1,6 +1,7 @@
 """The router: one process that decides who runs where, and carries nothing.
 
-A request's tickets come in as one call, and grants go out on its stream as workers come free.
+A request's tickets come in as one call, which is answered at once where workers are free for them;
+else grants go out on a stream as workers come free.
 Pictures and prompts never pass here. What it knows is gone when it dies; the next one hears of
 every running task within a second or two, from workers' reports and gateways' heartbeats; so it
 does of the models that an operator has added since the start.
@@ -105,6 +106,36 @@ class Router:
 
     # ------------------------------------------------------------------ for gateways
 
+    async def enter(
+        self, tickets: Sequence[Ticket], ended: Sequence[str]
+    ) -> tuple[Grant | Refused, ...]:
+        """Admit the tickets of one request in a single call, as far as they can begin at once.
+
+        What ``ended`` since the gateway's last word makes room for them first.
+
+        Returns:
+            One ``Refused``, or a ``Grant`` for each ticket that begins. The others are not kept:
+            they have to wait in :meth:`admit`, as resumed ones where others of their request have
+            begun. Their place there is that of their arrival, but for whom enters before they are.
+        """
+        for id_ in ended:
+            self._admission.end(id_)
+        try:
+            self._admission.admit(tickets)
+        except DarkroomError as error:
+            self._metrics.refusals.labels(refusal_reason(error)).inc()
+            self._grant()
+            return (Refused(error),)
+        stream = _Stream(tickets, watching=False)
+        self._streams.update(dict.fromkeys(stream.waiting, stream))
+        try:
+            self._grant()
+            grants = tuple(news for news in stream.news.values() if isinstance(news, Grant))
+            stream.news.clear()
+        finally:
+            self._give_up(stream)
+        return grants
+
     async def admit(
         self, tickets: Sequence[Ticket], watching: bool
     ) -> AsyncGenerator[RouterNews, None]:
@@ -116,7 +147,7 @@ class Router:
         silent ends without any.
 
         Closed early, it gives up whatever the caller has not heard of; leases that were heard of
-        are ended by heartbeat.
+        are ended by :meth:`heartbeat` or :meth:`enter`.
         """
         try:
             self._admission.admit(tickets)
@@ -145,7 +176,7 @@ class Router:
         ended: Sequence[str],
         switched: Switched = NOTHING,
     ) -> Pulse:
-        """A gateway's word, every second: what runs for it, and what ended since the last."""
+        """A gateway's word, every second: what runs for it, and what ended that it has not told."""
         self._hear(switched)
         for id_ in ended:
             self._admission.end(id_)
@@ -234,13 +265,15 @@ class Router:
                 stream.tell_place(id_, place)
 
     def _give_up(self, stream: _Stream) -> None:
-        unheard = stream.waiting | {i for i, n in stream.news.items() if isinstance(n, Grant)}
-        for id_ in unheard:
-            # A ticket that came back on another stream, as after a lost connection, is that one's.
-            if self._streams.get(id_, stream) is stream:
-                self._streams.pop(id_, None)
-                self._admission.end(id_)
-        if unheard:
+        # A ticket that came back on another stream, as after a lost connection, is that one's.
+        waiting = [id_ for id_ in stream.waiting if self._streams.get(id_) is stream]
+        for id_ in waiting:
+            del self._streams[id_]
+            self._admission.end(id_)
+        unheard = [news for news in stream.news.values() if isinstance(news, Grant)]
+        for grant in unheard:
+            self._admission.give_back(grant)
+        if waiting or unheard:
             self._grant()
 
     async def _tick_forever(self) -> None:

@@ -23,7 +23,8 @@ class Ticket:
         width: steps that it puts into each tick of its worker.
         arrived_at_s: Unix time of its first admission; a resumed ticket keeps it, and its place.
         deadline_at_s: Unix time after which it is worthless.
-        resumed: admitted before. Its worker, or the router itself, died since.
+        resumed: admitted before, so that no bound applies: its worker, or the router itself, died
+            since, or others of its request have begun already.
         patient: who waits has said how long: no bound on the wait applies but the deadline.
         spared_steps: that it does without, of those that were asked for: so much later it may
             begin.

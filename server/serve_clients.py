@@ -15,7 +15,7 @@ from engine.errors import DarkroomError
 from engine.types import CacheShare
 from server.messages import CacheOrder, ModelChange, ModelInfo, PictureTask, WorkerEvent
 from server.remote import CALL_TIMEOUT_S, ReplicaLostError
-from server.routing import Grant, Pulse, RouterNews, Ticket
+from server.routing import Grant, Pulse, Refused, RouterNews, Ticket
 from server.switched import Switched
 
 _LOST = (
@@ -63,6 +63,16 @@ class ServeRouterClient:
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._calls = handle
         self._streams = handle.options(stream=True)
+
+    async def enter(
+        self, tickets: Sequence[Ticket], ended: Sequence[str]
+    ) -> Sequence[Grant | Refused]:
+        """See :class:`server.remote.RouterClient`."""
+        try:
+            news: Sequence[Grant | Refused] = await self._calls.enter.remote(tickets, ended)
+        except _LOST as error:
+            raise ReplicaLostError("the router is gone") from error
+        return news
 
     def admit(self, tickets: Sequence[Ticket], watching: bool) -> AsyncGenerator[RouterNews, None]:
         """See :class:`server.remote.RouterClient`."""

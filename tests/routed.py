@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from engine.types import CacheShare
 from server.config import ServeConfig
@@ -13,7 +13,7 @@ from server.messages import CacheOrder, ModelChange, ModelInfo, PictureTask, Wor
 from server.ray_dispatch import RayDispatcher
 from server.remote import ReplicaLostError
 from server.router import Router
-from server.routing import Grant, Pulse, RouterNews, Ticket
+from server.routing import Grant, Pulse, Refused, RouterNews, Ticket
 from server.settings import Settings
 from server.switched import Switched
 from server.worker_core import WorkerCore
@@ -29,7 +29,7 @@ class Wire:
         self.killed = False
         self.reaches = asyncio.Event()
         self.reaches.set()
-        self._pumps: set[asyncio.Task[None]] = set()
+        self._pumps: set[asyncio.Future[Any]] = set()
 
     def kill(self) -> None:
         self.killed = True
@@ -44,6 +44,20 @@ class Wire:
         await self.reaches.wait()
         if self.killed:
             raise ReplicaLostError("it was killed")
+
+    async def reply(self, call: Awaitable[_T]) -> _T:
+        """What a call returns, unless the process goes first."""
+        calling = asyncio.ensure_future(call)
+        self._pumps.add(calling)
+        try:
+            await self.send()
+            return await asyncio.shield(calling)
+        except asyncio.CancelledError:
+            if calling.cancelled():
+                raise ReplicaLostError("it was killed") from None
+            raise
+        finally:
+            self._pumps.discard(calling)
 
     async def stream(self, items: AsyncGenerator[_T, None]) -> AsyncGenerator[_T, None]:
         if self.killed:
@@ -89,6 +103,11 @@ class RouterProcess:
         self.router = Router(self._config)
         self.router.start()
         self._wire.cut()
+
+    async def enter(
+        self, tickets: Sequence[Ticket], ended: Sequence[str]
+    ) -> Sequence[Grant | Refused]:
+        return await self._wire.reply(self.router.enter(tickets, ended))
 
     def admit(self, tickets: Sequence[Ticket], watching: bool) -> AsyncGenerator[RouterNews, None]:
         return self._wire.stream(self.router.admit(tickets, watching))

@@ -17,7 +17,7 @@ from server.messages import CacheOrder
 from server.ray_dispatch import RayDispatcher
 from server.remote import ReplicaLostError
 from server.router import Router
-from server.routing import Grant, Pulse, RouterNews, Ticket
+from server.routing import Grant, Pulse, Refused, RouterNews, Ticket
 from server.serve_clients import ServeWorkersClient
 from server.switched import Switched
 from tests.fake_clock import FakeClock
@@ -44,6 +44,11 @@ class Routers:
         if self.away:
             raise ReplicaLostError("away")
         return await self.now.heartbeat(gateway, running, ended, switched)
+
+    async def enter(
+        self, tickets: Sequence[Ticket], ended: Sequence[str]
+    ) -> Sequence[Grant | Refused]:
+        raise NotImplementedError
 
     def admit(self, tickets: Sequence[Ticket], watching: bool) -> AsyncGenerator[RouterNews, None]:
         raise NotImplementedError

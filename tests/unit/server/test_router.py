@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 
 from engine.errors import InvalidRequestError, OverloadedError
 from server.config import ModelConfig, ServeConfig
@@ -43,6 +44,108 @@ def test_a_free_worker_is_granted_at_once() -> None:
         tickets = [ticket(id="a"), ticket(id="b")]
         grants = await said(router.admit(tickets, True))
         assert grants == [Grant(tickets[0], "w"), Grant(tickets[1], "w")]
+
+    asyncio.run(scenario())
+
+
+def test_what_can_begin_at_once_is_granted_in_one_answer() -> None:
+    async def scenario() -> None:
+        router = Router(ServeConfig(), clock=FakeClock())
+        await router.report(report())
+        tickets = [ticket(id="a"), ticket(id="b")]
+        assert await router.enter(tickets, []) == (Grant(tickets[0], "w"), Grant(tickets[1], "w"))
+
+    asyncio.run(scenario())
+
+
+def test_what_ended_makes_room_for_what_enters() -> None:
+    async def scenario() -> None:
+        router = Router(ServeConfig(), clock=FakeClock())
+        await router.report(report())
+        assert len(await router.enter([wide("first")], [])) == 1
+        assert await router.enter([wide("second")], []) == ()
+        assert len(await router.enter([wide("third")], ["first"])) == 1
+
+    asyncio.run(scenario())
+
+
+def test_what_cannot_begin_at_once_is_not_kept_and_waits_by_its_arrival() -> None:
+    async def scenario() -> None:
+        clock = FakeClock()
+        router = Router(ServeConfig(), clock=clock)
+        await router.report(report())
+        both = [wide("a"), wide("b")]
+        assert await router.enter(both, []) == (Grant(both[0], "w"),)
+        clock.tick(1.0)
+        later = router.admit([wide("later", arrived_at_s=clock.now_s())], False)
+        assert await anext(later) == Place("later", 1, 0)  # nothing was left in the queue
+        waiting = router.admit([replace(both[1], resumed=True)], False)
+        assert await anext(waiting) == Place("b", 1, 0)
+        await router.heartbeat("g", [], ["a"])
+        assert await anext(waiting) == Grant(replace(both[1], resumed=True), "w")
+        await waiting.aclose()
+        await later.aclose()
+
+    asyncio.run(scenario())
+
+
+def test_nobody_enters_past_those_who_wait() -> None:
+    async def scenario() -> None:
+        router = Router(ServeConfig(), clock=FakeClock())
+        await router.report(report())
+        await router.enter([wide("first")], [])
+        waiting = router.admit([wide("second")], False)
+        assert await anext(waiting) == Place("second", 1, 0)
+        assert await router.enter([wide("third")], ["first"]) == ()
+        assert await anext(waiting) == Grant(wide("second"), "w")
+        await waiting.aclose()
+
+    asyncio.run(scenario())
+
+
+def test_what_ended_makes_room_also_where_who_tells_it_is_refused() -> None:
+    async def scenario() -> None:
+        config = ServeConfig.model_validate({"admission": {"max_queued_steps": 50}})
+        router = Router(config, clock=FakeClock())
+        await router.report(report())
+        await router.enter([wide("first")], [])
+        waiting = router.admit([wide("second")], False)
+        assert await anext(waiting) == Place("second", 1, 0)
+        [refusal] = await router.enter([wide("third")], ["first"])
+        assert isinstance(refusal, Refused)
+        assert await anext(waiting) == Grant(wide("second"), "w")
+        await waiting.aclose()
+
+    asyncio.run(scenario())
+
+
+def test_a_stream_that_ends_late_takes_nothing_from_one_that_came_after_it() -> None:
+    async def scenario() -> None:
+        router = Router(ServeConfig(), clock=FakeClock())
+        old = router.admit([wide("a")], False)
+        await anext(old)
+        await router.report(report())  # grants it, and nobody hears
+        assert len(await router.enter([replace(wide("a"), resumed=True)], [])) == 1
+        await old.aclose()
+        assert (await router.heartbeat("g", [], [])).load.running == 1
+
+    asyncio.run(scenario())
+
+
+def test_entering_is_refused_as_admission_is() -> None:
+    async def scenario() -> None:
+        config = ServeConfig.model_validate({"admission": {"max_queued_steps": 50}})
+        router = Router(config, clock=FakeClock())
+        waiting = router.admit([ticket(40.0)], False)
+        reading = asyncio.create_task(anext(waiting))
+        await asyncio.sleep(0)
+        [refusal] = await router.enter([ticket(40.0)], [])
+        assert isinstance(refusal, Refused)
+        assert isinstance(refusal.error, OverloadedError)
+        assert b'reason="queue"} 1.0' in router.metrics_text()
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        await waiting.aclose()
 
     asyncio.run(scenario())
 
