@@ -93,12 +93,15 @@ def test_two_hundred_clients_that_leave_leave_nothing_behind(served: Served) -> 
 
 def test_sigterm_under_load_loses_nothing(served: Served) -> None:
     asked = draw_many(served, 20, steps=SHORT_STEPS)
-    wait_until(lambda: served.metric("darkroom_router_queued") >= 1)
+    # As many as it takes until one waits: how many begin at once depends on the measured B*.
+    while served.metric("darkroom_router_queued") < 1:
+        assert len(asked) < 100
+        asked += draw_many(served, 4, steps=SHORT_STEPS)
     served.terminate()
     wait_until(lambda: not served.ready())
     late = draw(served, steps=4)
     assert (late.status, late.retry_after_s is not None) == (503, True)
-    assert [reply.status for reply in replies(asked)] == [200] * 20
+    assert {reply.status for reply in replies(asked)} == {200}
     assert served.status() == 0
 
 
