@@ -104,7 +104,7 @@ async def test_a_jobs_pictures_are_those_of_a_request(darkroom: Darkroom) -> Non
 async def test_a_reader_that_was_cut_off_goes_on_and_sees_previews(darkroom: Darkroom) -> None:
     async with darkroom() as client:
         # Long enough that it is not over before the reader sees a preview: those are not kept.
-        job_id = await make(client, n=4, steps=150, partial_images=75)
+        job_id = await make(client, n=10, steps=150, partial_images=75)
         cut_at = ""
         previews = 0
         async for number, name, data in events(client, job_id):

@@ -309,7 +309,7 @@ def test_a_picture_that_moved_says_so(
                 async for event in stream:
                     events.append(event)
                     begun = [e.worker for e in events if isinstance(e, Started)]
-                    if isinstance(event, Stepped) and event.step == 5 and len(begun) == 1:
+                    if isinstance(event, Stepped) and event.step == 30 and len(begun) == 1:
                         workers.kill(begun[0])
         [picture] = [event for event in events if isinstance(event, Drawn)]
         return picture
