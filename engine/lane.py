@@ -82,7 +82,7 @@ class Lane:
         Raises:
             OverloadedError: the lane is full, in slots or in bytes.
         """
-        parts = self._parts(trajectory)
+        parts, forms = self._parts(trajectory), _forms(trajectory)
         new = [name for name in parts if name not in self._arrays]
         self._reserve({name: shape for name, (shape, _) in parts.items()}, max_bytes)
         slot = self._free.pop()
@@ -97,7 +97,7 @@ class Lane:
                 self._arrays.pop(name, None)
             raise
         self.members[trajectory.id] = (slot, trajectory)
-        self._forms[trajectory.id] = _forms(trajectory)
+        self._forms[trajectory.id] = forms
         self._gathered = None
 
     def leave(self, trajectory_id: str) -> None:

@@ -74,6 +74,17 @@ OVERVIEW = Board(
                     may_be_empty="nothing was refused",
                 ),
                 Panel(
+                    title="Not admitted, by bound",
+                    why="Which bound of the admission: the queue's, a tenant's, the wait, the"
+                    " deadline. A request that comes in after all in fewer steps counts as well.",
+                    queries=(
+                        rate("darkroom_gateway_refusals_total", "reason", "gateway: {{reason}}"),
+                        rate("darkroom_router_refusals_total", "reason", "router: {{reason}}"),
+                    ),
+                    unit="reqps",
+                    may_be_empty="nothing was refused",
+                ),
+                Panel(
                     title="Requests in flight",
                     why="Requests that have begun and not ended, streams included.",
                     queries=(Query("sum(darkroom_http_requests_in_flight)", "in flight"),),

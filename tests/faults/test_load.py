@@ -93,10 +93,18 @@ def test_two_hundred_clients_that_leave_leave_nothing_behind(served: Served) -> 
 
 def test_sigterm_under_load_loses_nothing(served: Served) -> None:
     asked = draw_many(served, 20, steps=SHORT_STEPS)
+
+    def arrived() -> bool:
+        """Everything sent: what only reaches a server that drains is refused, rightly."""
+        here = served.metric("darkroom_router_queued") + served.metric("darkroom_router_running")
+        return here + sum(reply.done() for reply in asked) >= len(asked)
+
+    wait_until(arrived)
     # As many as it takes until one waits: how many begin at once depends on the measured B*.
     while served.metric("darkroom_router_queued") < 1:
         assert len(asked) < 100
         asked += draw_many(served, 4, steps=SHORT_STEPS)
+        wait_until(arrived)
     served.terminate()
     wait_until(lambda: not served.ready())
     late = draw(served, steps=4)
