@@ -2,13 +2,14 @@
 
     python -m loadtests.soak --minutes 30 --rate 0.7 --out out/soak
 
-Starts the server, measures its capacity (or is told with ``--capacity``), sends it the mixed
-requests of the load tests at random times (open loop) at ``--rate`` times that, and looks every
-five seconds at the memory, open files and threads of each of its processes and at its own gauges
-of tasks, jobs and slots. Prints growth an hour with its confidence interval, and what is left over
-once the load has ended; writes ``samples.jsonl``, ``soak.md`` and ``soak.png``. The exit status is
-1 when a bound of ``--thresholds`` is missed. By default jobs are forgotten after two minutes
-(``soak_config.yaml``): what is kept on purpose has stopped growing before the slopes begin.
+Starts the server, measures its capacity (or is told with ``--capacity``), asks for the largest
+batches of every size, so that what workers keep for them is there from the start, then sends the
+mixed requests of the load tests at random times (open loop) at ``--rate`` times that capacity, and
+looks every five seconds at the memory, open files and threads of each of its processes and at its
+own gauges of tasks, jobs and slots. Prints growth an hour with its confidence interval, and what
+is left over once the load has ended; writes ``samples.jsonl``, ``soak.md`` and ``soak.png``. The
+exit status is 1 when a bound of ``--thresholds`` is missed. By default jobs are forgotten after two
+minutes (``soak_config.yaml``): what is kept on purpose has stopped growing before the slopes begin.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import shlex  # noqa: E402
 import sys  # noqa: E402
 from collections import Counter  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
+from dataclasses import replace  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import gevent  # noqa: E402
@@ -41,6 +43,7 @@ from server.listener import KEEP_ALIVE_S  # noqa: E402
 
 SETTLE_S = KEEP_ALIVE_S + 15.0
 """For connections that idle to be closed by the server, before leftovers are counted."""
+AT_ONCE = 24
 CONFIG = Path(__file__).with_name("soak_config.yaml")
 _FINE = ("ok", "given_up", "overloaded", "rate_limited")
 
@@ -58,6 +61,7 @@ def main() -> int:
             capacity_per_s = measure_capacity(server.url, {}, options.capacity_s)
         per_s = options.rate * capacity_per_s
         print(f"capacity {capacity_per_s:.2f}/s; soaking at {per_s:.2f}/s", flush=True)
+        _largest_batches(server.url, options)
         gevent.sleep(SETTLE_S)
         sampler = Sampler(server.root, server.url, kind_of)
         before = sampler.take()
@@ -84,6 +88,23 @@ def main() -> int:
     soak_report.chart(during, options.warm_up_minutes * 60, options.out / "soak.png")
     print(text)
     return 1 if missed else 0
+
+
+def _largest_batches(url: str, options: argparse.Namespace) -> None:
+    """Ask for many pictures at once: of each size, drawn and edited, then of all sizes.
+
+    A worker's memory holds the largest batch that it has run. Random arrivals break that record
+    now and then for as long as anybody looks, by steps of 20 MB that no slope tells from a leak.
+    """
+    one_size = [
+        replace(Mix(), kinds=kinds, steps=((20, 1.0),), sizes=((width, height, 1.0),), give_up=0.0)
+        for width, height, _ in Mix().sizes
+        for kinds in ((1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 1.0))
+    ]
+    with Progress() as progress:
+        for mix in (*one_size, Mix()):
+            planned = list(plan([0.0] * AT_ONCE, mix, options.seed))
+            run_level(url, {}, planned, options.timeout_s, options.out, 0.0, progress)
 
 
 def _soak(
