@@ -6,11 +6,11 @@ python -m loadtests.traffic.report out/before out/after      # writes out/after/
 
 from __future__ import annotations
 
+import argparse
 import base64
 import html
 import itertools
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -229,13 +229,19 @@ def _page(title: str, *parts: str, wide: bool = False) -> str:
 
 def main() -> None:
     """Write a report, or a comparison."""
-    folders = [Path(argument) for argument in sys.argv[1:]]
-    if len(folders) == 1:
-        print(write(folders[0], []))
-    elif len(folders) == 2:
-        print(compare(*folders))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="what loadtests.traffic.run has written")
+    parser.add_argument("other", type=Path, nargs="?", help="a second run, to stand beside it")
+    options = parser.parse_args()
+    for folder in filter(None, (options.run, options.other)):
+        if not (folder / "run.json").is_file():
+            parser.error(f"{folder} holds no run: it has no run.json")
+    if options.other is None:
+        print(write(options.run, []))
     else:
-        sys.exit(__doc__)
+        print(compare(options.run, options.other))
 
 
 if __name__ == "__main__":
