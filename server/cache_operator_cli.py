@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
 import typer
-from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from engine.errors import BackendUnavailableError, InvalidRequestError
+from engine.errors import InvalidRequestError
 from engine.types import CacheScope
 from server.cache_contents import backend_of, forgotten, on_redis, redis_operator
 from server.config import ServeConfig
-from server.operator_client import LOCAL, KeyOption, call
+from server.operator_client import LOCAL, KeyOption, call, reply_as
 from server.schemas.cache import CacheCleared, CacheReport
 from server.settings import Settings, served_config
 
 _out = Console()
-Body = TypeVar("Body", bound=BaseModel)
 
 TenantOption = Annotated[str | None, typer.Option(help="This tenant's states alone.")]
 SharedOption = Annotated[bool, typer.Option("--shared", help="Those alone that all share.")]
@@ -123,7 +121,7 @@ def clear(
     else:
         query = _query(tenant, shared, model) | ({"everything": True} if everything else {})
         told = call("DELETE", url or LOCAL, "/v1/cache", key_file, query=query)
-        gone = _read(CacheCleared, told, url or LOCAL)
+        gone = reply_as(CacheCleared, told, url or LOCAL)
     for share in gone.shares:
         _out.print(
             f"{_who(share.tenant)}, checkpoint {share.checkpoint[:12]}: {share.states} states of"
@@ -152,17 +150,7 @@ def _look(
             return on_redis(served, operator.shares(scope, best=best), {}, best=best)
     query = _query(tenant, shared, model) | {"best": best}
     told = call("GET", url or LOCAL, "/v1/cache", key_file, query=query)
-    return _read(CacheReport, told, url or LOCAL)
-
-
-def _read(body: type[Body], told: dict[str, Any], url: str) -> Body:
-    try:
-        return body.model_validate(told)
-    except ValidationError as error:
-        raise BackendUnavailableError(
-            f"what answers at {url} is no Darkroom, or one of another version: its reply to"
-            f" /v1/cache is no {body.__name__} ({error.error_count()} fields differ)"
-        ) from None
+    return reply_as(CacheReport, told, url or LOCAL)
 
 
 def _query(tenant: str | None, shared: bool, model: str | None) -> dict[str, str | int | bool]:

@@ -13,8 +13,9 @@ from rich.table import Table
 
 from engine.errors import DarkroomError
 from server.describe import describe_solver
-from server.operator_client import LOCAL, KeyOption, call
+from server.operator_client import LOCAL, KeyOption, call, reply_as
 from server.runtime_options import CompileOption, CudaGraphsOption, ProviderOption
+from server.schemas.openai import ModelReply
 from server.settings import Settings
 
 models_app = typer.Typer(
@@ -65,14 +66,14 @@ def add(
     body: dict[str, str | bool | None] = {"id": id or folder.name, "path": str(folder)}
     body |= {"precision": precision, "backend": backend}
     body |= {"compile": compile, "cuda_graphs": cuda_graphs, "provider": provider}
-    _tell(call("POST", url, "/v1/admin/models", key_file, body=body))
+    _tell(call("POST", url, "/v1/admin/models", key_file, body=body), url)
 
 
 @models_app.command("reload")
 def reload_(id: Id, url: UrlOption = LOCAL, key_file: KeyOption = None) -> None:
     """Compile a model's folder as it is now, and draw what is new with that."""
     path = f"/v1/admin/models/{quote(id, safe='')}/reload"
-    _tell(call("POST", url, path, key_file))
+    _tell(call("POST", url, path, key_file), url)
 
 
 @models_app.command()
@@ -82,10 +83,11 @@ def remove(id: Id, url: UrlOption = LOCAL, key_file: KeyOption = None) -> None:
     _out.print(f"{url} no longer serves {id}", highlight=False)
 
 
-def _tell(model: dict[str, Any]) -> None:
-    details = model["darkroom"]
+def _tell(told: dict[str, Any], url: str) -> None:
+    model = reply_as(ModelReply, told, url)
+    details = model.darkroom
     _out.print(
-        f"serves {model['id']}: {details['family']}, {details['precision']} on"
-        f" {details['backend']}, plan {details['plan_digest'][:12]}",
+        f"serves {model.id}: {details.family}, {details.precision} on"
+        f" {details.backend}, plan {details.plan_digest[:12]}",
         highlight=False,
     )

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
+from pydantic import BaseModel, ValidationError
 
 from engine.errors import BackendUnavailableError, InvalidRequestError
 from server.errors import ServerError
 
 LOCAL = "http://127.0.0.1:8000"
 _COMPILING_S = 3600.0
+Body = TypeVar("Body", bound=BaseModel)
 
 KeyOption = Annotated[
     Path | None, typer.Option(help="A file that holds an operator's key, where keys are needed.")
@@ -60,6 +62,21 @@ def call(
             f"what answers at {url} is no Darkroom: status {reply.status_code}"
         ) from None
     return found
+
+
+def reply_as(body: type[Body], told: dict[str, Any], url: str) -> Body:
+    """A reply that :func:`call` gave, as what it should be.
+
+    Raises:
+        BackendUnavailableError: it is something else: another server's, or another version's.
+    """
+    try:
+        return body.model_validate(told)
+    except ValidationError as error:
+        raise BackendUnavailableError(
+            f"what answers at {url} is no Darkroom, or one of another version: its reply is no"
+            f" {body.__name__} ({error.error_count()} fields differ)"
+        ) from None
 
 
 def _key_in(file: Path) -> str:

@@ -109,6 +109,14 @@ def test_another_servers_reply_about_a_cache_is_no_traceback(
     assert "somebody else" not in str(told)
 
 
+@pytest.mark.parametrize("words", [["add", "sketch"], ["reload", "sketch"]])
+def test_another_servers_reply_about_a_model_is_no_traceback(words: list[str]) -> None:
+    with another_server({"id": "sketch"}) as where:
+        told = runner.invoke(app, ["models", *words, "--url", where]).exception
+    assert isinstance(told, BackendUnavailableError)
+    assert "is no ModelReply (2 fields differ)" in str(told)
+
+
 @contextmanager
 def another_server(reply: dict[str, str]) -> Iterator[str]:
     """Answers whatever it is asked with ``reply``."""
@@ -121,7 +129,7 @@ def another_server(reply: dict[str, str]) -> Iterator[str]:
             self.end_headers()
             self.wfile.write(content)
 
-        do_DELETE = do_GET
+        do_DELETE = do_POST = do_GET
 
         def log_message(self, *about: object) -> None:
             pass
