@@ -157,25 +157,54 @@ def test_the_boundary_is_the_identity_at_time_zero() -> None:
     assert out[1].item() == pytest.approx(1.0, abs=1e-6)
 
 
-def test_a_perfect_student_has_no_loss(world: Path) -> None:
-    """Where every prediction is of the same clean latent, both ends of a teacher step agree."""
+class Oracle(torch.nn.Module):
+    """Knows the clean latent behind whatever it is shown."""
+
+    def __init__(self, clean: torch.Tensor) -> None:
+        super().__init__()
+        self.clean = clean
+        self.anchor = torch.nn.Parameter(torch.zeros(1))
+        self.alphas = Noiser("cpu").alphas
+
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, **_: object) -> object:
+        alpha = self.alphas[timesteps].view(-1, 1, 1, 1)
+        goal = self.clean.repeat(len(noisy) // len(self.clean), 1, 1, 1)
+        velocity = (alpha.sqrt() * noisy - goal) / (1 - alpha).sqrt()
+        return type("Out", (), {"sample": velocity})()
+
+
+@pytest.fixture
+def clean() -> torch.Tensor:
+    return torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def oracle_distiller(world: Path, clean: torch.Tensor) -> tuple[lcm.Distiller, torch.Tensor]:
+    """A distiller whose student and teacher are oracles, and some prompts' tokens."""
     parts = load_parts(world / "base", "cpu")
-    clean = torch.randn(4, 4, 16, 16)
-    alphas = Noiser("cpu").alphas
-
-    class Oracle(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.anchor = torch.nn.Parameter(torch.zeros(1))
-
-        def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, **_: object) -> object:
-            alpha = alphas[timesteps].view(-1, 1, 1, 1)
-            goal = clean.repeat(len(noisy) // len(clean), 1, 1, 1)
-            velocity = (alpha.sqrt() * noisy - goal) / (1 - alpha).sqrt()
-            return type("Out", (), {"sample": velocity})()
-
-    oracle = Oracle()
+    oracle = Oracle(clean)
     object.__setattr__(parts, "unet", oracle)
-    distiller = lcm.Distiller(parts, oracle, (2.0, 4.0))
-    tokens = parts.tokens(["a cat"] * 4)
+    return lcm.Distiller(parts, oracle, (2.0, 4.0)), parts.tokens(["a cat"] * 4)
+
+
+def test_a_perfect_student_has_no_loss(world: Path, clean: torch.Tensor) -> None:
+    """Where every prediction is of the same clean latent, both ends of a teacher's walk agree."""
+    distiller, tokens = oracle_distiller(world, clean)
     assert distiller.loss(clean, tokens).item() < 2e-3
+
+
+def test_a_teacher_that_knows_the_picture_walks_straight_to_it(
+    world: Path, clean: torch.Tensor
+) -> None:
+    """The noise stays, and grows smaller as the schedule says; at time 0 none is left."""
+    distiller, tokens = oracle_distiller(world, clean)
+    alphas, noise = Noiser("cpu").alphas, torch.randn_like(clean)
+    start, end = torch.tensor([999, 499, 259, 19]), torch.tensor([759, 259, 19, 0])
+
+    def mixed(at: torch.Tensor) -> torch.Tensor:
+        alpha = torch.where(at > 0, alphas[at], 1.0).view(-1, 1, 1, 1)
+        blend: torch.Tensor = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        return blend
+
+    words = distiller._words(tokens)
+    walked = distiller._walk(mixed(start), start, end, words)
+    torch.testing.assert_close(walked, mixed(end), atol=1e-4, rtol=1e-4)
