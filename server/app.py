@@ -55,10 +55,17 @@ def application(config: ServeConfig, log: Path | None = None) -> Application:
         "max_constructor_retry_count": 1,
         "logging_config": {"log_level": "WARNING", "enable_access_log": False},
     }
+    plain = RequestRouterConfig(request_router_class="server.serve_clients:PlainCalls")
     named = RequestRouterConfig(request_router_class="server.serve_clients:NamedReplicaRouter")
     light: dict[str, Any] = {"num_cpus": 0}
     on_head = {**light, "resources": {_HEAD: _ROOM_ON_HEAD}}
-    router = serve.deployment(RouterReplica, name="Router", ray_actor_options=on_head, **deploy)
+    router = serve.deployment(
+        RouterReplica,
+        name="Router",
+        ray_actor_options=on_head,
+        request_router_config=plain,
+        **deploy,
+    )
     worker = serve.deployment(
         Worker,
         name="Worker",

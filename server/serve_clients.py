@@ -30,7 +30,38 @@ _LOST = (
 )
 
 
-class NamedReplicaRouter(RequestRouter):  # type: ignore[misc]  # Ray is not typed
+class _NeverRefusing(RunningReplica):  # type: ignore[misc]  # Ray is not typed
+    """A replica that is not asked whether it takes a call.
+
+    Ours take every one: who comes in is the router's decision, or nobody's. Serve asks all but
+    Java's, and makes a stream of each call to hear the answer. The process that ends a stream waits
+    until its reader has all of it, and runs nothing else meanwhile: a worker whose machine was cut
+    off as it reported held up the router, and all requests, until Ray gave the machine up.
+    """
+
+    @property
+    def is_cross_language(self) -> bool:
+        """What Serve goes by here; how a call is sent is decided elsewhere."""
+        return True
+
+
+class PlainCalls(RequestRouter):  # type: ignore[misc]  # Ray is not typed
+    """Sends calls as they are, and not as streams that begin with whether they were taken."""
+
+    def create_replica_wrapper(self, replica_info: Any) -> RunningReplica:
+        """For each replica, once."""
+        return _NeverRefusing(replica_info)
+
+    async def choose_replicas(
+        self,
+        candidate_replicas: list[RunningReplica],
+        pending_request: PendingRequest | None = None,  # noqa: ARG002
+    ) -> list[list[RunningReplica]]:
+        """Any."""
+        return [candidate_replicas]
+
+
+class NamedReplicaRouter(PlainCalls):
     """Sends a call to the replica that its keyword argument ``replica`` names, and to no other.
 
     A call without one goes to any. Every gateway runs two of these, for workers and for gateways;
