@@ -324,6 +324,8 @@ def test_what_the_router_would_take_is_not_refused_by_its_only_gateway(data: st.
                 new = [
                     ticket(
                         cost,
+                        # Its own names: one example must draw the same whatever ran before it.
+                        id=f"{name}-{number}",
                         tenant=tenant,
                         request_id=name,
                         arrived_at_s=clock.now_s(),
@@ -331,7 +333,7 @@ def test_what_the_router_would_take_is_not_refused_by_its_only_gateway(data: st.
                         patient=patient,
                         spared_steps=data.draw(st.integers(0, 90)),
                     )
-                    for cost in costs
+                    for number, cost in enumerate(costs)
                 ]
                 try:
                     refusals.pass_on(new)
