@@ -96,7 +96,7 @@ def sheet(shown: Sequence[tuple[Board, Panel, Sequence[Series]]], path: Path) ->
     rows = -(-len(shown) // PANELS_A_ROW)
     figure = Figure(figsize=(5 * PANELS_A_ROW, 2.6 * rows), layout="constrained")
     places = figure.subplots(rows, PANELS_A_ROW, squeeze=False).flat
-    for axes, (board, panel, series) in zip(places, shown, strict=False):
+    for (board, panel, series), axes in zip(shown, places, strict=False):
         if series:
             _draw(panel, series, axes)
         else:
