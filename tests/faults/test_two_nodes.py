@@ -41,6 +41,7 @@ def test_clients_of_a_node_that_vanishes_notice_nothing_but_time(
 ) -> None:
     run = play(cluster, clients=8, steps=20, calm_s=10.0, cut_s=cut_s, after_s=5.0)
     assert {answer.status for answer in run.answers} == {200}
+    assert run.meanwhile
     assert run.moved
     assert {answer.attempts for answer in run.moved} == {2}
     assert run.differing() == []

@@ -89,6 +89,16 @@ class Run:
         ]
 
     @property
+    def meanwhile(self) -> list[Answer]:
+        """Asked for and answered in the second half of the time that it was away."""
+        half_s = (self.cut_s + self.mended_s) / 2
+        return [
+            answer
+            for answer in self.answers
+            if answer.asked_s >= half_s and answer.answered_s <= self.mended_s
+        ]
+
+    @property
     def after(self) -> list[Answer]:
         """Asked for once its worker drew again."""
         return [answer for answer in self.answers if answer.asked_s >= self.whole_s]
