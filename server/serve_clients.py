@@ -34,9 +34,10 @@ class _NeverRefusing(RunningReplica):  # type: ignore[misc]  # Ray is not typed
     """A replica that is not asked whether it takes a call.
 
     Ours take every one: who comes in is the router's decision, or nobody's. Serve asks all but
-    Java's, and makes a stream of each call to hear the answer. The process that ends a stream waits
-    until its reader has all of it, and runs nothing else meanwhile: a worker whose machine was cut
-    off as it reported held up the router, and all requests, until Ray gave the machine up.
+    Java's, and makes a stream of each call to hear the answer. With that, a worker whose machine
+    was cut off as it reported held up the router, and all requests, until Ray gave the machine up:
+    by all signs because a process that ends a stream waits until its reader has all of it. The
+    test with two nodes fails if another version of Serve asks again.
     """
 
     @property
