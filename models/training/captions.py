@@ -57,6 +57,15 @@ _PLACE_WORDS = {
 }
 
 
+ONE_OF_MANY = 0.1
+"""Share of single things that are called "one of the buckets".
+
+Where the split hides two and three of a concept, its plural would otherwise be a word never read
+in training, and a hidden composition must be one of known parts. (Of prompts with such a plural,
+none was drawn right.)
+"""
+
+
 def countable(name: str) -> bool:
     """Whether "two NAMEs" can be said."""
     return name not in PLURAL and name not in MASS
@@ -134,6 +143,8 @@ def _subject(scene: Scene, rng: np.random.Generator) -> str:
     if rng.random() < 0.06:
         big = f"{_pick(rng, ('big', 'large'))} {first}"
         return article(big) if first not in PLURAL and first not in MASS else big
+    if rng.random() < ONE_OF_MANY and countable(first):
+        return f"one of the {plural(first)}"
     return first if rng.random() < 0.4 else article(first)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
-from models.training import base, data, export, icons, latents, text, vae
+from models.training import base, captions, data, export, icons, latents, text, vae
 from tests.models.tiny_base import write_icons
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -105,6 +105,17 @@ def test_captions_name_the_subject_and_fit_the_text_encoder() -> None:
         assert len(words.split()) < text.LENGTH - 8
         if scene.background != "white":
             assert scene.background in words
+
+
+def test_a_plural_is_read_even_where_every_number_of_it_is_hidden() -> None:
+    names = [concept.name for concept in data.concepts() if captions.countable(concept.name)]
+    scenes = {n: [data.Scene(objects=(n,), count=count) for count in (2, 3)] for n in names}
+    never_counted = [n for n, two in scenes.items() if all(map(data.is_hidden, two))]
+    assert never_counted
+    rng = np.random.default_rng(3)
+    for name in never_counted:
+        single = data.Scene(objects=(name,))
+        assert any(captions.plural(name) in data.caption(single, rng) for _ in range(200))
 
 
 def test_the_committed_prompts_are_the_ones_that_the_script_makes(tmp_path: Path) -> None:
