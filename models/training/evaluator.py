@@ -40,6 +40,7 @@ from models.training.styles import ALL_STYLES, WideAtlas, caption_in_style
 
 REPOSITORY = Path(__file__).parents[2]
 PRESENT_WEIGHT = 20.0  # binary cross-entropy is a mean over all concepts, most of them absent
+STYLE_WEIGHT = 3.0  # vendors' styles of a small thing differ in little more than its shading
 VOCABULARY_CAPTIONS = 40_000
 
 
@@ -81,6 +82,7 @@ def loss_of(network: LoupeNetwork, batch: LabelledBatch) -> dict[str, Tensor]:
         for name, labels in batch.labels.items()
         if (labels != IGNORED).any()
     }
+    losses["style"] = STYLE_WEIGHT * losses["style"]
     losses["present"] = PRESENT_WEIGHT * F.binary_cross_entropy_with_logits(
         seen["present"].float(), batch.present
     )

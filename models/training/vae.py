@@ -42,6 +42,8 @@ from models.training.crops import CROP, Crops, held_out, to_tensor
 
 KL_WEIGHT = 1e-4
 EDGE_WEIGHT = 0.5
+RATE, TUNING_RATE = 1.5e-3, 3e-4
+"""Learning rates from random weights, and of a decoder that is finished but for a little."""
 WHOLE_SCENES_FROM = 0.85  # of the run: until here, crops
 TUNED_ON_SCENES_FROM = (
     0.4  # likewise of a run of the decoder alone, which ends on what it will draw
@@ -134,8 +136,9 @@ class Run:
             self.vae = build(options.latent_channels, tuple(options.widths))
         self.vae.to(options.device, memory_format=torch.channels_last)
         trained = [p for p in self.vae.parameters() if p.requires_grad]
+        self.rate = options.rate or (TUNING_RATE if options.decoder_only else RATE)
         self.optimizer = torch.optim.AdamW(
-            trained, lr=options.rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
+            trained, lr=self.rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
         )
         self.ema = Ema(self.vae, 0.998)
         self.step, self.spent = 0, 0.0
@@ -187,7 +190,7 @@ def train(options: argparse.Namespace) -> None:
     clock, before, budget = time.time(), run.spent, 60 * options.minutes
     while (progress := same_everywhere((before + time.time() - clock) / budget)) < 1:
         warm = min(1.0, (run.step + 1) / 100)
-        rate = options.rate * warm * max(0.01, 0.5 + 0.5 * math.cos(math.pi * progress))
+        rate = run.rate * warm * max(0.01, 0.5 + 0.5 * math.cos(math.pi * progress))
         for group in run.optimizer.param_groups:
             group["lr"] = rate
         pictures = crops.batch(options.batch, whole=progress > whole_from)
@@ -231,7 +234,7 @@ def main() -> None:
     parser.add_argument("--latent-channels", type=int, default=4)
     parser.add_argument("--widths", type=int, nargs="+", default=[32, 32, 64, 96])
     parser.add_argument("--batch", type=int, default=4, help="crops of 64 px per process and step")
-    parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--rate", type=float, help="default: 1.5e-3, and 3e-4 with --decoder-only")
     parser.add_argument("--report", type=int, default=200, help="steps between points of the curve")
     parser.add_argument("--save", type=int, default=2000, help="steps between checkpoints")
     parser.add_argument("--held-out", type=int, default=48)
