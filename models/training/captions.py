@@ -56,13 +56,11 @@ _PLACE_WORDS = {
     "bottom": ("at the bottom", "at the lower edge", "in the lower part"),
 }
 
-
 ONE_OF_MANY = 0.1
-"""Share of single things that are called "one of the buckets".
+"""Share of single large things that are called "one of the buckets".
 
 Where the split hides two and three of a concept, its plural would otherwise be a word never read
-in training, and a hidden composition must be one of known parts. (Of prompts with such a plural,
-none was drawn right.)
+in training, and a hidden composition must be one of known parts.
 """
 
 
