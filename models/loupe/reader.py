@@ -82,6 +82,10 @@ class Loupe:
         text = json.dumps(asdict(self.config), indent=1, ensure_ascii=False)
         (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """The network's weights, in single precision."""
+        return self._network.state_dict()
+
     def score(self, picture: Picture, prompt: str) -> float:
         """Cosine between a picture and a prompt, -1 to 1."""
         return float(self.embed_pictures([picture])[0] @ self.embed_prompts([prompt])[0])

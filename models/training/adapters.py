@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from peft import LoraConfig, get_peft_model_state_dict
-from safetensors.torch import save_file
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -93,6 +93,9 @@ def add_arguments(parser: argparse.ArgumentParser, *, steps: int, batch: int, ra
     )
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, help="the folder to write (default: under models/)")
+    parser.add_argument(
+        "--start-from", type=Path, help="a folder written before, to begin with its weights"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--batch", type=int, default=batch, help="samples per process and step")
@@ -172,6 +175,17 @@ def add_lora(
         LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=sites)
     )
     return [p for p in network.parameters() if p.requires_grad]
+
+
+def start_lora(folder: Path, unet: UNet2DConditionModel, text: CLIPTextModel | None) -> None:
+    """Set the factors on the networks to those that :func:`save_lora` wrote into ``folder``."""
+    factors = load_file(folder / PEFT_FILE)
+    for prefix, network in (("unet.", unet), ("text_encoder.", text)):
+        own = {k.removeprefix(prefix): v for k, v in factors.items() if k.startswith(prefix)}
+        if network is not None:
+            outcome = set_peft_model_state_dict(network, own)
+            if not own or outcome.unexpected_keys:
+                raise ValueError(f"the factors in {folder} are not for the same sites")
 
 
 def save_lora(folder: Path, unet: UNet2DConditionModel, text: CLIPTextModel | None) -> None:

@@ -6,7 +6,8 @@ Velocity prediction on Stable Diffusion's ``scaled_linear`` betas, one caption i
 learning rate warms up, stays, and falls over the last ``--decay`` share of the run; the state just
 before the fall is kept as ``WORK/base-stable.pt``, from which ``--extend`` goes on with a longer
 run. ``WORK/base.pt`` is the checkpoint to resume from; ``models.training.export`` turns its
-averaged weights into a Diffusers folder.
+averaged weights into a Diffusers folder. ``--start-from`` begins with the weights of such a folder
+instead of random ones; its tokenizer and autoencoder must be those of ``WORK``.
 """
 
 from __future__ import annotations
@@ -117,12 +118,16 @@ class Run:
         self.options = options
         tokenizer = CLIPTokenizer.from_pretrained(options.work / "tokenizer")
         self.empty = token_ids(tokenizer, [""])
+        source: Path | None = options.start_from
         self.text = CLIPTextModel.from_pretrained(
-            options.work / "text_encoder", dtype=torch.float32
+            (source or options.work) / "text_encoder", dtype=torch.float32
         ).to(options.device)
         self.stores = [LatentStore(options.work / "latents", canvas) for canvas in data.CANVASES]
         channels = self.stores[0].latents.shape[1]
         self.unet = build(channels, tuple(options.widths), self.text.config.hidden_size)
+        if source is not None:
+            trained = UNet2DConditionModel.from_pretrained(source / "unet")
+            self.unet.load_state_dict(trained.state_dict())
         self.unet.to(options.device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.AdamW(
             [
@@ -280,6 +285,9 @@ def main() -> None:
     parser.add_argument("--ema", type=float, default=0.996)
     parser.add_argument(
         "--decay", type=float, default=0.3, help="share of the run over which the rate falls"
+    )
+    parser.add_argument(
+        "--start-from", type=Path, help="a Diffusers folder to begin with, e.g. models/tintype"
     )
     parser.add_argument("--report", type=int, default=100)
     parser.add_argument("--save", type=int, default=400)

@@ -83,7 +83,7 @@ def build(parts: Parts) -> ControlNetModel:
     config["addition_embed_type_num_heads"] = parts.unet.config.addition_embed_type_num_heads
     control = ControlNetModel.from_config(config)
     control.load_state_dict(copied.state_dict())
-    return control.requires_grad_(True)
+    return control
 
 
 class OutlinedScenes:
@@ -145,7 +145,11 @@ def train(options: argparse.Namespace) -> None:
     """Prepare scenes, train the ControlNet, and write it."""
     torch.manual_seed(4)
     parts = load_parts(options.base, options.device)
-    control = build(parts).to(options.device, memory_format=torch.channels_last)
+    if options.start_from is not None:
+        control = ControlNetModel.from_pretrained(options.start_from, dtype=torch.float32)
+    else:
+        control = build(parts)
+    control.requires_grad_(True).to(options.device, memory_format=torch.channels_last)
     scenes = OutlinedScenes(options.work, options.scenes)
     noiser = Noiser(options.device)
 

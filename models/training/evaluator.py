@@ -16,6 +16,7 @@ import json
 import math
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,25 @@ def configure(atlas: WideAtlas, captions: int) -> LoupeConfig:
     )
 
 
+def start(network: LoupeNetwork, folder: Path) -> None:
+    """Set the weights to those of a finished evaluator; words that it did not know stay random.
+
+    Raises ValueError where its labels are others than the network's.
+    """
+    loupe = Loupe.load(folder)
+    before = loupe.config
+    if replace(before, words=network.config.words) != network.config:
+        raise ValueError(f"{folder} tells other things apart: its labels differ")
+    state = loupe.state_dict()
+    learned, rows = state["text.words.weight"], network.text.words.weight.detach().clone()
+    known = {word: row for row, word in enumerate(before.words, start=2)}
+    rows[:2] = learned[:2]
+    for row, word in enumerate(network.config.words, start=2):
+        if word in known:
+            rows[row] = learned[known[word]]
+    network.load_state_dict(state | {"text.words.weight": rows})
+
+
 def loss_of(network: LoupeNetwork, batch: LabelledBatch) -> dict[str, Tensor]:
     """Every term of the loss: cross-entropy of the heads, and of the matching in both
     directions.
@@ -97,7 +117,10 @@ def train(options: argparse.Namespace) -> None:
     torch.manual_seed(0)
     atlas = WideAtlas(options.work)
     config = configure(atlas, 2_000 if options.smoke else VOCABULARY_CAPTIONS)
-    network = LoupeNetwork(config).to(options.device)
+    network = LoupeNetwork(config)
+    if options.start_from is not None:
+        start(network, options.start_from)
+    network.to(options.device)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=options.rate, betas=(0.9, 0.98), weight_decay=0.02, fused=True
@@ -162,6 +185,7 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=REPOSITORY / "models" / "loupe")
+    parser.add_argument("--start-from", type=Path, help="a folder written before, to begin with")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=9_000)
     parser.add_argument("--batch", type=int, default=48)

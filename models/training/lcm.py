@@ -34,6 +34,7 @@ from models.training.adapters import (
     load_parts,
     save_lora,
     spread_timesteps,
+    start_lora,
     write_card,
 )
 from models.training.base import Noiser
@@ -148,6 +149,8 @@ def train(options: argparse.Namespace) -> None:
     parts = load_parts(options.base, options.device)
     teacher = copy.deepcopy(parts.unet)
     factors = add_lora(parts.unet, UNET_SITES, options.rank)
+    if options.start_from is not None:
+        start_lora(options.start_from, parts.unet, None)
     distiller = Distiller(
         parts,
         teacher,

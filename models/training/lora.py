@@ -31,6 +31,7 @@ from models.training.adapters import (
     load_parts,
     save_lora,
     spread_timesteps,
+    start_lora,
     write_card,
 )
 from models.training.base import DROP_CAPTION, Noiser
@@ -79,6 +80,8 @@ def train(options: argparse.Namespace) -> None:
     factors = add_lora(parts.unet, UNET_SITES, options.rank)
     if options.text:
         factors += add_lora(parts.text, TEXT_SITES, options.rank)
+    if options.start_from is not None:
+        start_lora(options.start_from, parts.unet, parts.text if options.text else None)
     latents, tokens = styled_scenes(parts, options)
     noiser = Noiser(options.device)
 

@@ -19,7 +19,7 @@ from diffusers import (
 from safetensors.torch import load_file
 
 from models.training import controlnet, lcm, lora
-from models.training.adapters import KOHYA_FILE, PEFT_FILE, load_parts
+from models.training.adapters import KOHYA_FILE, PEFT_FILE, add_lora, load_parts, start_lora
 from models.training.base import Noiser
 from models.training.common import load_checkpoint
 from tests.models.tiny_base import write_base, write_icons, write_latents
@@ -108,6 +108,23 @@ def test_a_resumed_run_goes_on(world: Path, monkeypatch: pytest.MonkeyPatch) -> 
     before = path.stat().st_mtime_ns
     run(monkeypatch, lora, world, "--style", "silhouette", "--rank", "2")  # nothing left to do
     assert path.stat().st_mtime_ns == before
+
+
+def test_a_run_begins_with_the_factors_of_a_folder(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = ("--style", "night", "--text", "--rank", "4")
+    out = run(monkeypatch, lora, world, *text)
+    before = load_file(out / PEFT_FILE)
+    (world / "lora-night.pt").unlink()
+    again = run(monkeypatch, lora, world, *text, "--start-from", str(out), "--rate", "0")
+    after = load_file(again / PEFT_FILE)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    parts = load_parts(world / "base", "cpu")
+    add_lora(parts.unet, r".*to_q", 4)
+    with pytest.raises(ValueError, match="not for the same sites"):
+        start_lora(out, parts.unet, None)
 
 
 def test_the_controlnet_is_a_stock_folder_that_steers(

@@ -75,6 +75,22 @@ def test_it_trains_and_its_weights_read_back(
     assert len((world / "loupe.jsonl").read_text().splitlines()) == 3
 
 
+def test_it_begins_with_a_finished_evaluator_whose_words_were_others(tmp_path: Path) -> None:
+    small_loupe().save(tmp_path)
+    grown = LoupeNetwork(replace(CONFIG, words=("a", "bucket", "dog")))
+    random = grown.text.words.weight[3].detach().clone()
+    evaluator.start(grown, tmp_path)
+    before, after = Loupe.load(tmp_path).state_dict(), grown.state_dict()
+    rows = before.pop("text.words.weight"), after.pop("text.words.weight")
+    assert torch.equal(rows[1][[0, 1, 2, 4]], rows[0][[0, 1, 2, 4]])  # padding, unknown, a, dog
+    assert torch.equal(rows[1][3], random)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+    other = LoupeNetwork(replace(CONFIG, concepts=CONFIG.concepts[1:]))
+    with pytest.raises(ValueError, match="labels differ"):
+        evaluator.start(other, tmp_path)
+
+
 def test_a_picture_is_judged_alike_alone_and_in_a_batch(tmp_path: Path) -> None:
     small_loupe().save(tmp_path)
     loupe = Loupe.load(tmp_path)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from safetensors.torch import load_file
 
 from models.training import base, captions, data, export, icons, latents, text, vae
 from tests.models.tiny_base import write_icons
@@ -61,6 +62,14 @@ def test_from_artwork_to_a_stock_folder(work: Path, monkeypatch: pytest.MonkeyPa
     pipeline.set_progress_bar_config(disable=True)
     picture = pipeline("a cat", num_inference_steps=2, height=128, width=128).images[0]
     assert picture.size == data.NATIVE
+
+    (work / "base.pt").unlink()  # a run that begins with the folder, and learns nothing
+    stage(monkeypatch, base, work, *unet, "--start-from", str(out), "--rate", "0")
+    stage(monkeypatch, export, work, "--out", str(work / "again"))
+    for part in ("unet/diffusion_pytorch_model", "text_encoder/model"):
+        first, second = (load_file(f / f"{part}.safetensors") for f in (out, work / "again"))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_folding_makes_unit_latents_and_keeps_pictures() -> None:
